@@ -1,0 +1,81 @@
+"""Which processor trains, at which precision, and torch's global switches for it."""
+
+import os
+import random
+
+import numpy as np
+import torch
+
+import distributed
+from errors import UsageError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to train on: with "auto" CUDA where there is one, else MPS, else the CPU.
+
+    Raises:
+        UsageError: the device asked for is not there.
+    """
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda" and torch.cuda.device_count() <= distributed.local_rank():
+        raise UsageError(
+            f"--device cuda: torch sees {torch.cuda.device_count()} CUDA devices, and this is process "
+            f"{distributed.local_rank() + 1}; pass --device cpu"
+        )
+    if name == "mps" and not has_mps:
+        raise UsageError("--device mps: torch sees no such device; pass --device cpu")
+    return torch.device(name, distributed.local_rank()) if name == "cuda" else torch.device(name)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 itself, so that bf16 is faster than fp32 there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8") as file:
+                flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+        except OSError:
+            return False
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
+    return False
+
+
+# Compiling takes about a minute of CPU time, paid back only by a run of so many images.
+COMPILE_PAYS_FROM_IMAGES = {"cuda": 1_000_000, "cpu": 1_000_000}
+
+
+def choose_compile(wanted: str, device: torch.device, images: int, stored: bool | None) -> tuple[bool, str]:
+    """Whether to torch.compile the network, and why, in a few words.
+
+    Args:
+        wanted: "auto", "on" or "off".
+        images: how many images the run trains on in all.
+        stored: what a resumed run was trained with: kept by "auto", so that its bits stay the same.
+    """
+    if wanted != "auto":
+        return wanted == "on", f"--compile {wanted}"
+    if stored is not None:
+        return stored, "as before the interruption"
+    least = COMPILE_PAYS_FROM_IMAGES.get(device.type)
+    if least is None:
+        return False, f"not tried on {device.type}"
+    pays = images >= least
+    return pays, f"{images:,} images to train on, it pays from {least:,}"
+
+
+def set_up_torch(seed: int, device: torch.device, *, deterministic: bool) -> None:
+    """Seed every generator and set the global switches: TF32 for what stays fp32 on CUDA, determinism."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

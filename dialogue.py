@@ -1,0 +1,144 @@
+"""What train.py asks a person: which data, which files, the LR finder, its rate, how many epochs."""
+
+import argparse
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+import distributed
+from cli import LOG, as_answer, ask, ask_yes_no, is_interactive, number, whole_number
+from dataset import DatasetUnavailable, ImageData, load_dataset
+from errors import RunError
+from flags import DEFAULT_NAME, build_parser
+from plots import plot_lr_finder
+from recipe import MAX_EPOCHS, Recipe
+from run import RunFiles
+from utils import DEFAULT_LR, find_lr
+
+DEFAULT_EPOCHS = 20
+
+
+def load_data(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageData, Recipe]:
+    """The images; where CIFAR-100 cannot be had, a person at a terminal is offered the synthetic set.
+
+    The main process downloads; the others wait for it and read what it laid down.
+
+    Raises:
+        DatasetUnavailable: CIFAR-100 cannot be had and nobody accepted the offer.
+    """
+    choice, data = recipe.dataset, None
+    if distributed.is_main():
+        try:
+            data = load_dataset(choice, args.data_dir, url=args.data_url)
+        except DatasetUnavailable as error:
+            if args.yes or args.resume is not None or not is_interactive():
+                raise
+            print(error)
+            if not ask_yes_no("Train on the built-in synthetic images instead? (y/n, default: y): "):
+                raise RunError("no data to train on") from None
+            choice = "synthetic"
+    choice = distributed.from_main(choice)
+    if data is None:
+        data = load_dataset(choice, args.data_dir, url=args.data_url)
+    return data, dataclasses.replace(recipe, dataset=choice)
+
+
+def choose_files(
+    args: argparse.Namespace, recipe: Recipe, folder: Path, state: dict[str, Any] | None
+) -> RunFiles:
+    """Where the run writes: an earlier run's files are replaced only by --overwrite or a y at a terminal."""
+    if state is not None:
+        return RunFiles(folder, args.name or state["name"])
+    name = args.name or DEFAULT_NAME
+    if recipe.dataset == "synthetic" and "synthetic" not in name:
+        name += "_synthetic"
+    files = RunFiles(folder, name)
+    if not distributed.from_main(files.taken) or args.overwrite:
+        return files
+    free = distributed.from_main(files.free())
+    if not args.yes and distributed.from_main(is_interactive()):
+        question = f"{files.last.parent} holds a run {name}. Overwrite it? (y/n, default: n): "
+        if ask_yes_no(question, default=False):
+            return files
+    LOG.info(f"{name} is kept (--resume goes on with it); this run writes {free.name}.")
+    return free
+
+
+def answer_questions(
+    args: argparse.Namespace, recipe: Recipe, model: nn.Module, loader: DataLoader, files: RunFiles
+) -> Recipe:
+    """The recipe with the answers to the three questions: LR finder? its rate? how many epochs?
+
+    A flag given is a question not asked; --lr makes the finder's rate moot, so that it is then run only
+    on --lr-finder.
+    """
+    quiet = args.yes
+    lr = DEFAULT_LR if args.lr is None else args.lr
+    wanted = args.lr_finder
+    if wanted is None:
+        wanted = args.lr is None and (
+            quiet or ask_yes_no("Do you want to run LR Finder? (y/n, default: y): ")
+        )
+    if wanted:
+        suggested = run_lr_finder(recipe, model, loader, files)
+        if args.lr is None:
+            question = f"Use suggested LR {suggested:.2e}? (y/n, default: y): "
+            if quiet or ask_yes_no(question):
+                lr = suggested
+            else:
+                lr = ask(
+                    f"Enter learning rate (default {DEFAULT_LR:.2e}): ",
+                    DEFAULT_LR,
+                    as_answer(number(1e-8, 100), "The learning rate"),
+                    shown=f"{DEFAULT_LR:.2e}",
+                )
+    epochs = args.epochs
+    if epochs is None and quiet:
+        epochs = DEFAULT_EPOCHS
+    if epochs is None:
+        lowest = recipe.milestones[-1] + 1 if recipe.milestones else 1
+        epochs = ask(
+            f"Select number of epochs for training (default {DEFAULT_EPOCHS}): ",
+            DEFAULT_EPOCHS,
+            as_answer(whole_number(lowest, MAX_EPOCHS), "The number of epochs"),
+            shown=str(DEFAULT_EPOCHS),
+        )
+    return dataclasses.replace(recipe, lr=lr, epochs=epochs)
+
+
+def run_lr_finder(recipe: Recipe, model: nn.Module, loader: DataLoader, files: RunFiles) -> float:
+    """Run the finder on the main process, say and draw what it found, and return the suggested rate."""
+    found = None
+    if distributed.is_main():
+        found = find_lr(
+            model,
+            recipe.build_criterion(),
+            recipe.build_optimizer,
+            loader,
+            precision=recipe.precision,
+        )
+        LOG.info(found.summary)
+        path = plot_lr_finder(
+            found.learning_rates,
+            found.losses,
+            found.suggested_lr,
+            files.path("_lr_finder.png"),
+            smoothed=found.smoothed,
+            title=f"LR finder: {recipe.model} on {recipe.data_note}",
+        )
+        LOG.info(f"LR finder plot: {path}")
+    return distributed.from_main(found.suggested_lr if found else None)
+
+
+def resume_command(args: argparse.Namespace, files: RunFiles) -> str:
+    """The command that goes on with this run, with the flags that are about this machine."""
+    command = ["python", "train.py", "--resume", str(files.last)]
+    for flag in ("data_dir", "device", "workers"):
+        value = getattr(args, flag)
+        if value != build_parser().get_default(flag):
+            command += [f"--{flag.replace('_', '-')}", str(value)]
+    return shlex.join(command)

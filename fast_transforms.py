@@ -1,0 +1,180 @@
+"""Albumentations' own transforms with a short path for one small RGB image.
+
+On 32x32 images the library's bookkeeping (keyword dictionaries, shape checks, matrices for bounding boxes)
+costs several times the pixels' work. Each class here is the library's class with one method more,
+`augment(image) -> image`, that makes the same draws from the same generators in the same order and gives the
+same bytes as `transform(image=image)["image"]`; the tests hold the two together. Settings that the short path
+does not know go the library's way. No `augment` writes into its input.
+"""
+
+import functools
+import math
+import os
+import random
+
+# Read at import: without it albumentations asks PyPI for its newest version, in every worker.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]  # [H, W, 3], RGB
+
+_LEVELS = np.arange(256, dtype=np.float32)
+
+
+class Pipeline(A.Compose):
+    """`A.Compose` for single uint8 images, with one random stream and without per-call shape checks.
+
+    Calling it (`pipeline(image=image)["image"]`) runs the library's code; `augment` is the short path.
+    """
+
+    def __init__(self, transforms: list[A.BasicTransform | A.BaseCompose]) -> None:
+        super().__init__(transforms, is_check_shapes=False)
+
+    def set_random_seed(self, seed: int | None) -> None:
+        """Start the one stream that this pipeline and all transforms in it, at any depth, draw from.
+
+        Albumentations 2.0 gives each transform a generator of its own, all from the same seed: the first draw
+        of each is then equal, so that, after every seeding, an image would get all transforms of equal
+        probability or none of them. Drawing in turn from one shared stream keeps them independent.
+        """
+        self.seed = seed
+        self.set_random_state(np.random.default_rng(seed), random.Random(seed))
+
+    def augment(self, image: Image) -> Image:
+        """The augmented image, as `self(image=image)["image"]`; `image` itself where nothing was done."""
+        self.py_random.random()  # Compose draws for its own probability, even where that is 1
+        for transform in self.transforms:
+            short_path = getattr(transform, "augment", None)
+            image = short_path(image) if short_path else transform(image=image)["image"]
+        return image
+
+
+class HorizontalFlip(A.HorizontalFlip):
+    """`A.HorizontalFlip` with the short path."""
+
+    def augment(self, image: Image) -> Image:
+        """Mirror left and right, with probability p."""
+        return cv2.flip(image, 1) if self.should_apply() else image
+
+
+class Affine(A.Affine):
+    """`A.Affine` with the short path, for `translate_percent`, `scale`, `rotate` and `shear` ranges."""
+
+    def augment(self, image: Image) -> Image:
+        """Warp by one drawn matrix, with probability p."""
+        if self.translate_percent is None or self.fit_output or self.keep_ratio or self.balanced_scale:
+            return self(image=image)["image"]
+        if not self.should_apply():
+            return image
+        height, width, channels = image.shape
+        fill = (self.fill,) * channels if isinstance(self.fill, int | float) else self.fill
+        return cv2.warpAffine(
+            image,
+            self._draw_matrix(height, width),
+            (width, height),
+            flags=self.interpolation,
+            borderMode=self.border_mode,
+            borderValue=fill,
+        )
+
+    def _draw_matrix(self, height: int, width: int) -> NDArray[np.float64]:
+        """The 2x3 matrix: about the image's centre scale, then rotate, then shear; then translate."""
+        uniform = self.py_random.uniform
+        shift_x = int(uniform(*self.translate_percent["x"]) * width)  # whole pixels, as the library
+        shift_y = int(uniform(*self.translate_percent["y"]) * height)
+        shear_x = math.tan(math.radians(-uniform(*self.shear["x"])))
+        shear_y = math.tan(math.radians(-uniform(*self.shear["y"])))
+        scale_x = uniform(*self.scale["x"])
+        scale_y = uniform(*self.scale["y"])
+        angle = math.radians(uniform(*self.rotate))
+        cos, sin = math.cos(angle), math.sin(angle)
+        a, b = (cos - shear_x * sin) * scale_x, (sin + shear_x * cos) * scale_y
+        c, d = (shear_y * cos - sin) * scale_x, (shear_y * sin + cos) * scale_y
+        x, y = width / 2 - 0.5, height / 2 - 0.5
+        return np.array([[a, b, x + shift_x - a * x - b * y], [c, d, y + shift_y - c * x - d * y]])
+
+
+class CoarseDropout(A.CoarseDropout):
+    """`A.CoarseDropout` with the short path, for holes of one size in whole pixels and a numeric fill."""
+
+    def augment(self, image: Image) -> Image:
+        """Fill the holes, with probability p. Holes lie wholly inside the image and may overlap."""
+        hole_height, hole_width = self.hole_height_range[0], self.hole_width_range[0]
+        height, width = image.shape[:2]
+        one_size = self.hole_height_range[1] == hole_height and self.hole_width_range[1] == hole_width
+        if not (one_size and 1 < hole_height <= height and 1 < hole_width <= width) or isinstance(
+            self.fill, str
+        ):
+            return self(image=image)["image"]
+        if not self.should_apply():
+            return image
+        holes = range(self.py_random.randint(*self.num_holes_range))
+        integers = self.random_generator.integers
+        tops = [integers(0, height - hole_height + 1) for _ in holes]
+        lefts = [integers(0, width - hole_width + 1) for _ in holes]
+        integers(0, 2**32 - 1)  # the library's seed for random fills: drawn, to stay in step, and not used
+        image = image.copy()
+        for top, left in zip(tops, lefts, strict=True):
+            image[top : top + hole_height, left : left + hole_width] = self.fill
+        return image
+
+
+class ColorJitter(A.ColorJitter):
+    """`A.ColorJitter` with the short path: brightness, contrast, saturation and hue in a drawn order."""
+
+    def augment(self, image: Image) -> Image:
+        """Apply the four adjustments, with probability p."""
+        if not self.should_apply():
+            return image
+        uniform = self.py_random.uniform
+        brightness, contrast = uniform(*self.brightness), uniform(*self.contrast)
+        saturation, hue = uniform(*self.saturation), uniform(*self.hue)
+        order = [0, 1, 2, 3]
+        self.random_generator.shuffle(order)
+        for adjustment in order:
+            if adjustment == 0:
+                image = cv2.LUT(image, _table(brightness, 0.0))
+            elif adjustment == 1:
+                image = _adjust_contrast(image, contrast)
+            elif adjustment == 2:
+                image = _adjust_saturation(image, saturation)
+            else:
+                image = _adjust_hue(image, hue)
+        return image
+
+
+def _table(factor: float, offset: float) -> NDArray[np.uint8]:
+    """The 256 values of `level * factor + offset`, limited to 0-255 and cut (not rounded), in float32."""
+    table = _LEVELS * factor + offset
+    return np.minimum(np.maximum(table, 0, out=table), 255, out=table).astype(np.uint8)
+
+
+def _adjust_contrast(image: Image, factor: float) -> Image:
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    mean = cv2.sumElems(gray)[0] / gray.size
+    return cv2.LUT(image, _table(factor, mean * (1 - factor)))
+
+
+def _adjust_saturation(image: Image, factor: float) -> Image:
+    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(image, factor, gray, 1 - factor, 0)
+
+
+def _adjust_hue(image: Image, factor: float) -> Image:
+    """Turn the hue by `factor` of the full circle, which is 180 levels in OpenCV's 8-bit HSV."""
+    tables = _hue_tables()
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    return cv2.cvtColor(cv2.LUT(hsv, tables[math.floor(180 * factor) % 180]), cv2.COLOR_HSV2RGB)
+
+
+@functools.cache
+def _hue_tables() -> NDArray[np.uint8]:
+    """[180, 1, 256, 3]: for each turn in levels, the table of hue; saturation and value stay as they are."""
+    levels = np.arange(256)
+    hues = (levels + np.arange(180)[:, None]) % 180
+    same = np.broadcast_to(levels, hues.shape)
+    return np.stack([hues, same, same], axis=-1)[:, None].astype(np.uint8)

@@ -1,0 +1,342 @@
+"""ResNet-56 for 32x32 images and its relatives, written from scratch, and a table of them by name.
+
+With 100 classes; MACs are multiply-adds of convolutions and linear layers for a 32x32 image:
+
+| name             | parameters |          MACs | what it is                                       |
+|------------------|------------|---------------|--------------------------------------------------|
+| resnet20         |    278,324 |    40,818,944 | He et al. 2015, section 4.2, with 1x1            |
+| resnet32         |    472,756 |    69,130,496 | convolution + BatchNorm on the shortcut where    |
+| resnet44         |    667,188 |    97,442,048 | the shape changes (the paper's option B; its     |
+| resnet56         |    861,620 |   125,753,600 | own CIFAR networks pad with zeros, option A,     |
+| resnet110        |  1,736,564 |   253,155,584 | so they have 2,752 parameters fewer)             |
+| se_resnet20      |    280,697 |    40,820,960 | the same with squeeze-and-excitation,            |
+| se_resnet32      |    476,711 |    69,133,856 | reduction 16 (Hu et al. 2018)                    |
+| se_resnet44      |    672,725 |    97,446,752 |                                                  |
+| se_resnet56      |    868,739 |   125,759,648 |                                                  |
+| se_resnet110     |  1,750,802 |   253,167,680 |                                                  |
+| preact_resnet110 |  1,736,372 |   253,155,584 | BN and ReLU before each convolution (He 2016)    |
+| wrn_16_4         |  2,772,020 |   392,635,392 | pre-activation, 4 and 10 times as wide           |
+| wrn_28_10        | 36,536,884 | 5,243,386,368 | (Zagoruyko & Komodakis 2016)                     |
+
+Every network takes normalised float images `[N, 3, H, W]`, H and W from 16 to 64, and returns
+logits `[N, num_classes]`. State-dict names follow torchvision's ResNet (layer1.0.conv1.weight).
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import UsageError
+
+# Smallest and largest image side, pixels. At 16 the last stage still sees 4x4; other sizes would
+# run too, but are likelier to be a mistake in the data than a wish.
+MIN_SIZE, MAX_SIZE = 16, 64
+SE_REDUCTION = 16
+DEPTHS = (20, 32, 44, 56, 110)
+OPTIONS = ("zero_init_residual", "drop_path")  # what every network can be built with
+
+
+def drop_path(residual: Tensor, rate: float) -> Tensor:
+    """`residual` [N, C, H, W] with each image zeroed with probability `rate`, and else scaled by
+    1 / (1 - rate), which keeps the mean: stochastic depth (Huang et al. 2016, arXiv 1603.09382).
+
+    Draws N numbers from torch's global generator (of the device).
+    """
+    keep = 1.0 - rate
+    mask = residual.new_empty((residual.shape[0], 1, 1, 1)).bernoulli_(keep).div_(keep)
+    return residual * mask
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+# In the blocks, ReLU and the sum work in place on the output of a BatchNorm or a convolution, which
+# the backward pass does not read: 12 % faster per step on a CPU core, and less memory. The price:
+# torch refuses a full backward hook on those inner layers, and what a forward hook keeps of them
+# changes. Hooks on whole blocks are unaffected.
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, ReLU after the sum (He et al. 2015, 1512.03385).
+
+    [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up. `drop_path` is
+    the probability that an image skips the two convolutions in training.
+    """
+
+    pre_activation = False
+    options: tuple[str, ...] = OPTIONS
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            convolution = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The branch beside the shortcut, before the sum."""
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.bn2(self.conv2(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.residual(x)
+        if self.drop_path and self.training:
+            out = drop_path(out, self.drop_path)
+        out.add_(x if self.downsample is None else self.downsample(x))
+        return F.relu(out, inplace=True)
+
+    def zero_residual(self) -> None:
+        """Make the block start as its shortcut alone (Goyal et al. 2017, arXiv 1706.02677)."""
+        nn.init.zeros_(self.bn2.weight)
+
+
+class SqueezeExcitation(nn.Module):
+    """Scale each channel by a gate in (0, 1) computed from all channel means (arXiv 1709.01507).
+
+    [N, C, H, W] -> the same shape; the gate is [N, C, 1, 1].
+    """
+
+    def __init__(self, channels: int, reduction: int = SE_REDUCTION) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, channels // reduction)
+        self.fc2 = nn.Linear(channels // reduction, channels)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 1, 1], values in (0, 1)."""
+        hidden = F.relu(self.fc1(x.mean((2, 3))), inplace=True)
+        return torch.sigmoid(self.fc2(hidden))[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+
+class SEBasicBlock(BasicBlock):
+    """BasicBlock with squeeze-and-excitation at the end of the residual branch."""
+
+    def __init__(self, in_channels: int, out_channels: int, *args: float) -> None:
+        super().__init__(in_channels, out_channels, *args)
+        self.se = SqueezeExcitation(out_channels)
+
+    def residual(self, x: Tensor) -> Tensor:
+        return self.se(super().residual(x))
+
+
+class PreActBlock(nn.Module):
+    """BN, ReLU, 3x3 convolution, twice, beside a shortcut that nothing follows (arXiv 1603.05027).
+
+    Shapes as BasicBlock. Where the shape changes, the shortcut is a bare 1x1 convolution of the
+    activated input; elsewhere it is the raw input. `dropout` is the rate between the convolutions
+    (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
+    """
+
+    pre_activation = True
+    options: tuple[str, ...] = OPTIONS
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.dropout = dropout
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x), inplace=True)
+        out = F.relu(self.bn2(self.conv1(active)), inplace=True)
+        if self.dropout and self.training:
+            out = F.dropout(out, self.dropout)
+        out = self.conv2(out)
+        if self.drop_path and self.training:
+            out = drop_path(out, self.drop_path)
+        return out.add_(x if self.downsample is None else self.downsample(active))
+
+    def zero_residual(self) -> None:
+        """Make the block start as its shortcut alone: here the branch ends in a convolution."""
+        nn.init.zeros_(self.conv2.weight)
+
+
+class WideBlock(PreActBlock):
+    """PreActBlock as the wide networks use it: with the dropout option."""
+
+    options = (*OPTIONS, "dropout")
+
+
+class ResNet(nn.Module):
+    """A 16-channel stem, three stages of blocks at 1, 1/2 and 1/4 of the image size, pool, linear.
+
+    Normalised float images [N, 3, H, W] -> logits [N, num_classes]. The stages are 16, 32 and 64
+    channels wide, times `widen`. Block i of L drops its branch at rate `drop_path * i / L` (linear
+    in depth, as Huang et al. advise). Convolutions start from Kaiming normal (fan_out, relu),
+    BatchNorm from 1 and 0, linear layers from torch's own Kaiming uniform with zero bias.
+
+    Raises:
+        UsageError: (forward) images of another rank, channel count or size.
+    """
+
+    name = "this network"  # build_model puts its name in MODELS here
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[PreActBlock],
+        blocks_per_stage: int,
+        *,
+        widen: int = 1,
+        num_classes: int = 100,
+        zero_init_residual: bool = False,
+        drop_path: float = 0.0,
+        **block_options: float,
+    ) -> None:
+        super().__init__()
+        widths = [16 * widen, 32 * widen, 64 * widen]
+        self.pre_activation = block.pre_activation
+        self.conv1 = _conv3x3(3, 16)
+        # Pre-activation blocks normalise their own input: the one BatchNorm outside comes last.
+        self.bn1 = nn.BatchNorm2d(widths[-1] if self.pre_activation else 16)
+
+        stages, channels = [], 16
+        for stage, width in enumerate(widths):
+            blocks = []
+            for index in range(blocks_per_stage):
+                stride = 2 if stage > 0 and index == 0 else 1
+                rate = drop_path * (stage + (index + 1) / blocks_per_stage) / 3
+                blocks.append(block(channels, width, stride, rate, **block_options))
+                channels = width
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        self._initialise(zero_init_residual)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        if zero_init_residual:
+            for block in (*self.layer1, *self.layer2, *self.layer3):
+                block.zero_residual()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._check(images)
+        x = self.conv1(images)
+        if not self.pre_activation:
+            x = F.relu(self.bn1(x), inplace=True)
+        x = self.layer3(self.layer2(self.layer1(x)))  # [N, 64 * widen, H / 4, W / 4], rounded up
+        if self.pre_activation:
+            x = F.relu(self.bn1(x), inplace=True)
+        return self.fc(self.avgpool(x).flatten(1))
+
+    def _check(self, images: Tensor) -> None:
+        # A traced size is a tensor: comparing it would warn and freeze the answer into the trace.
+        if torch.jit.is_tracing():
+            return
+        shape = images.shape
+        if not (
+            len(shape) == 4
+            and shape[1] == 3
+            and MIN_SIZE <= shape[2] <= MAX_SIZE
+            and MIN_SIZE <= shape[3] <= MAX_SIZE
+        ):
+            raise UsageError(
+                f"{self.name} takes images [N, 3, H, W] with H, W from {MIN_SIZE} to {MAX_SIZE}; "
+                f"got {list(shape)}"
+            )
+
+
+def _resnets(prefix: str, block: type[nn.Module]) -> dict[str, partial[ResNet]]:
+    """Depth 6n + 2: the stem, 3 stages of n blocks of 2 convolutions, the linear layer."""
+    return {f"{prefix}{depth}": partial(ResNet, block, (depth - 2) // 6) for depth in DEPTHS}
+
+
+# The wide networks' depth is 6n + 4: it counts the three 1x1 shortcuts too.
+MODELS: dict[str, partial[ResNet]] = {
+    **_resnets("resnet", BasicBlock),
+    **_resnets("se_resnet", SEBasicBlock),
+    "preact_resnet110": partial(ResNet, PreActBlock, (110 - 2) // 6),
+    "wrn_16_4": partial(ResNet, WideBlock, (16 - 4) // 6, widen=4),
+    "wrn_28_10": partial(ResNet, WideBlock, (28 - 4) // 6, widen=10),
+}
+
+
+def model_options(name: str) -> tuple[str, ...]:
+    """The options that `build_model(name, ...)` takes beside num_classes.
+
+    Raises:
+        UsageError: no network has this name.
+    """
+    if name not in MODELS:
+        raise UsageError(f"unknown network {name!r}; known: {', '.join(MODELS)}")
+    return MODELS[name].args[0].options
+
+
+def build_model(name: str = "resnet56", num_classes: int = 100, **options: float) -> nn.Module:
+    """A freshly initialised network in training mode, on torch's default device.
+
+    Options: zero_init_residual (bool), drop_path (rate in [0, 1) of the last block), and for the
+    wrn networks dropout (rate in [0, 1)). Weights are drawn from torch's global generator.
+
+    Raises:
+        UsageError: unknown name or option, a rate outside [0, 1), fewer than one class.
+    """
+    takes = model_options(name)
+    for key, value in options.items():
+        if key not in takes:
+            raise UsageError(f"{name} does not take the option {key}; it takes {', '.join(takes)}")
+        if key != "zero_init_residual" and not 0.0 <= value < 1.0:
+            raise UsageError(f"{key} must be at least 0 and below 1; got {value}")
+    if num_classes < 1:
+        raise UsageError(f"num_classes must be at least 1; got {num_classes}")
+    model = MODELS[name](num_classes=num_classes, **options)
+    model.name = name
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable values in `model`."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_macs(model: nn.Module, size: int = 32) -> int:
+    """Multiply-adds of all convolutions and linear layers for one image [3, size, size].
+
+    The pass runs on the meta device through stand-ins for the weights: it computes and draws
+    nothing, and leaves weights, BatchNorm statistics, training flags and hooks as they were.
+    """
+    total = 0
+
+    def add(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        # Each output value costs as many multiply-adds as one output unit has weights.
+        total += output.numel() * module.weight[0].numel()
+
+    state = {k: torch.empty_like(v, device="meta") for k, v in model.state_dict().items()}
+    image = torch.empty(1, 3, size, size, device="meta", dtype=next(model.parameters()).dtype)
+    counted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [module.register_forward_hook(add) for module in counted]
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, state, (image,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total

@@ -1,0 +1,253 @@
+"""Train ResNet-56, or a relative, on CIFAR-100.
+
+    python train.py                              asks three questions, then trains
+    python train.py --yes --epochs 100           asks nothing
+    python train.py --resume                     goes on where a run was interrupted
+    torchrun --nproc-per-node=2 train.py --yes   several processes, one run
+
+Plots, history and checkpoints are in output/; `python train.py --help` lists every choice.
+"""
+
+import argparse
+import contextlib
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import checkpoint as ckpt
+import distributed
+from analysis import analyse
+from cli import LOG, Interrupts, run_main, start_log
+from dataset import ImageData, Split, balanced_subset, train_val_split
+from device import choose_compile, choose_device, native_bf16, set_up_torch
+from dialogue import answer_questions, choose_files, load_data, resume_command
+from engine import TrainStep, evaluate, train_one_epoch
+from errors import RunError, UsageError
+from files import RunLock
+from flags import DEFAULT_NAME, build_parser, check_against, recipe_from
+from model import build_model, count_parameters
+from recipe import Recipe
+from run import Interrupted, Run, RunFiles
+from utils import choose_workers, make_test_batches, make_train_loader
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags, then train; Ctrl-C and SIGTERM save what is needed to resume."""
+    args = build_parser().parse_args(argv)
+    interrupts = Interrupts()
+    with interrupts.caught():
+        try:
+            return train(args, interrupts)
+        except Interrupted:
+            return interrupts.exit_code
+        except KeyboardInterrupt:
+            print("\nInterrupted; there was nothing to save.", file=sys.stderr)
+            return interrupts.exit_code
+
+
+def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
+    """The whole run, in reading order: recipe, data, network, questions, epochs, results."""
+    start_log(None)
+    device = choose_device(args.device)
+    state, source = load_state(args)
+    recipe = starting_recipe(args, state, device)
+    folder = args.output_dir or (source.parent if source else Path("output"))
+    RunFiles(folder, args.name or DEFAULT_NAME).prepare()
+    distributed.start(device)
+    set_up_torch(recipe.seed, device, deterministic=args.deterministic)
+
+    data, recipe = load_data(args, recipe)
+    train_split, test_split, val_split = splits(data, recipe)
+    files = choose_files(args, recipe, folder, state)
+    with RunLock(files.path(".lock")) if distributed.is_main() else contextlib.nullcontext():
+        if state is None and distributed.is_main():
+            files.remove_run()
+        start_log(files.path("_log.txt"))
+        model = build_model(recipe.model, num_classes=len(data.classes))
+        model = model.to(device, memory_format=torch.channels_last)
+        say_what_is_trained(recipe, model, device, train_split, test_split)
+        loader = make_train_loader(
+            train_split,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            augment=recipe.augment,
+            workers=choose_workers(device.type) if args.workers is None else args.workers,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            pin_memory=device.type == "cuda",
+        )
+        if state is None:
+            recipe = answer_questions(args, recipe, model, loader, files)
+        run = start_run(args, recipe, data, model, len(loader), files, interrupts, state, source)
+        test_batches = make_test_batches(test_split, recipe.test_batch_size, device)
+        val_batches = make_test_batches(val_split, recipe.test_batch_size, device) if val_split else []
+        train_epochs(run, loader, val_batches or test_batches)
+        finish(run, test_batches)
+    return 0
+
+
+def train_epochs(run: Run, loader: DataLoader, chosen_on: list[tuple]) -> None:
+    """Train and test, epoch by epoch, from where `run` stands to the recipe's last epoch.
+
+    Args:
+        chosen_on: the batches of the split that the best epoch is chosen on.
+    """
+    recipe, sampler = run.recipe, loader.batch_sampler
+    run.interrupts.busy = True  # from here on there is a state to save
+    while run.epoch <= recipe.epochs:
+        run.begin_epoch()
+        sampler.set_epoch(run.epoch, start_batch=run.batches_done)
+        train_metrics = train_one_epoch(
+            run.step,
+            loader,
+            run.sums,
+            first_batch=run.batches_done,
+            batches=run.batches_per_epoch,
+            title=f"epoch {run.epoch}/{recipe.epochs}",
+            after_batch=run.after_train_batch,
+        )
+        test_metrics = evaluate(run.model, chosen_on, precision=recipe.precision, after_batch=run.after_batch)
+        run.finish_epoch(train_metrics, test_metrics)
+    run.interrupts.busy = False
+
+
+def finish(run: Run, test_batches: list[tuple]) -> None:
+    """Write the results and say what the run came to; with held-out images, read the test set now."""
+    tests = {}
+    if run.recipe.val_split:
+        final = {name: value.clone() for name, value in run.model.state_dict().items()}
+        for key, weights in (("best", run.best["model"]), ("last", final)):
+            run.model.load_state_dict(weights)
+            tests[key] = evaluate(run.model, test_batches, precision=run.recipe.precision)
+    run.finish(tests)
+    for line in analyse(run.history, run.recipe, run.best["epoch"], run.elapsed_s, tests):
+        LOG.info(line)
+    LOG.info(f"Results: {run.files.results}")
+
+
+def load_state(args: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | None]:
+    """The state to resume from and its file, or two times None for a new run.
+
+    Raises:
+        RunError: --resume names a file that is missing, damaged or of another kind.
+    """
+    if args.resume is None:
+        return None, None
+    if args.resume:
+        source = Path(args.resume)
+        files = RunFiles.of_last(source)
+        state = files.load_last() if files else ckpt.load_checkpoint(source)
+    else:
+        files = RunFiles(args.output_dir or Path("output"), args.name or DEFAULT_NAME)
+        source, state = files.last, files.load_last()
+    if state.get("kind") != "last" or not isinstance(state.get("recipe"), dict):
+        raise RunError(f"{source} is no state to resume from: name a NAME_last.pth")
+    return state, source
+
+
+def starting_recipe(args: argparse.Namespace, state: dict[str, Any] | None, device: torch.device) -> Recipe:
+    """The recipe of the flags, or that of the resumed checkpoint; the questions may still change it.
+
+    Raises:
+        UsageError: the flags contradict each other or the checkpoint.
+    """
+    if state is not None:
+        recipe = Recipe.from_dict(state["recipe"])
+        check_against(args, recipe)
+        return recipe
+    precision = args.precision
+    if precision in (None, "auto"):
+        precision = "bf16" if native_bf16(device) else "fp32"
+    recipe = recipe_from(args, precision)
+    if recipe.batch_size % distributed.world_size():
+        raise UsageError(
+            f"--batch-size {recipe.batch_size} does not divide by {distributed.world_size()} processes"
+        )
+    return recipe
+
+
+def splits(data: ImageData, recipe: Recipe) -> tuple[Split, Split, Split | None]:
+    """The training, test and held-out images that the recipe asks for; None where none are held out."""
+    train_split, test_split, val_split = data.train, data.test, None
+    if recipe.limit_train:
+        train_split = balanced_subset(train_split, recipe.limit_train, recipe.seed)
+    if recipe.limit_test:
+        test_split = balanced_subset(test_split, recipe.limit_test, recipe.seed)
+    if recipe.val_split:
+        train_split, val_split = train_val_split(train_split, recipe.val_split, recipe.seed)
+    return train_split, test_split, val_split
+
+
+def say_what_is_trained(
+    recipe: Recipe, model: nn.Module, device: torch.device, train_split: Split, test_split: Split
+) -> None:
+    """Log the first line of a run and, to trace it by, its command and versions."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    LOG.info(
+        f"Device: {kind}, {recipe.precision} | Network: {recipe.model}, "
+        f"{count_parameters(model):,} parameters | Data: {recipe.data_note}, "
+        f"{len(train_split):,} train / {len(test_split):,} test | Recipe: SGD, batch "
+        f"{recipe.batch_size}, weight decay {recipe.weight_decay:g}, {recipe.scheduler}, "
+        f"{recipe.augment} augmentation, seed {recipe.seed}"
+    )
+    LOG.info(f"Command: {shlex.join(['python', *sys.argv])}")
+    LOG.info("Versions: " + ", ".join(f"{k} {v}" for k, v in ckpt.versions().items()))
+
+
+def start_run(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    data: ImageData,
+    model: nn.Module,
+    batches_per_epoch: int,
+    files: RunFiles,
+    interrupts: Interrupts,
+    state: dict[str, Any] | None,
+    source: Path | None,
+) -> Run:
+    """The run at its first batch, or at the batch after the last one of the resumed state."""
+    optimizer = recipe.build_optimizer(model)
+    device = next(model.parameters()).device
+    images = batches_per_epoch * recipe.batch_size * recipe.epochs
+    stored = state.get("compile") if state else None
+    use_compile, why = choose_compile(args.compile, device, images, stored)
+    LOG.info(f"torch.compile: {'on' if use_compile else 'off'} ({why})")
+    step = TrainStep(
+        model,
+        recipe.build_criterion(),
+        optimizer,
+        recipe.build_scheduler(optimizer, batches_per_epoch),
+        precision=recipe.precision,
+        compile_model=use_compile,
+        sync_bn=args.sync_bn,
+    )
+    run = Run(
+        files,
+        recipe,
+        model,
+        step,
+        batches_per_epoch,
+        interrupts,
+        resume_command=resume_command(args, files),
+        checkpoint_every_s=60 * args.checkpoint_every,
+        extra={
+            "compile": use_compile,
+            "classes": list(data.classes),
+            "superclasses": list(data.superclasses),
+            "superclass_of": data.superclass_of.tolist(),
+        },
+    )
+    LOG.info(f"Training: {recipe.epochs} epochs, {recipe.schedule_note}")
+    if state is not None:
+        run.restore(state, source)
+        LOG.info(f"Resumed {source}: epoch {run.epoch}, batch {run.batches_done} of {batches_per_epoch}")
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, "train.py"))

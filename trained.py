@@ -1,0 +1,76 @@
+"""A trained network, as every script that uses one gets it: from a checkpoint alone, without flags."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoint import load_checkpoint, load_weights
+from errors import RunError, UsageError
+from model import build_model
+from recipe import Recipe
+
+# The weights that the repository carries, used where output/ holds no run.
+CARRIED_WEIGHTS = Path(__file__).resolve().parent / "weights" / "resnet56_cifar100.pth"
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network in evaluation mode, with what it was trained on.
+
+    `classes[label]` is the name of a label 0..99, `superclasses[superclass_of[label]]` that of its superclass;
+    `state` is the whole checkpoint (history, versions, `epoch` and `accuracy_percent` of the weights).
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    classes: tuple[str, ...]
+    superclasses: tuple[str, ...]
+    superclass_of: tuple[int, ...]
+    path: Path
+    state: dict[str, Any]
+
+
+def load_trained(path: str | Path, device: torch.device | str = "cpu") -> Trained:
+    """The network of a checkpoint (NAME_best.pth, NAME_training_results.pth, NAME_last.pth) on `device`.
+
+    Raises:
+        RunError: the file is missing, damaged, no checkpoint, or does not fit the network that it names.
+    """
+    path = Path(path)
+    state = load_checkpoint(path)
+    try:
+        recipe = Recipe.from_dict(state["recipe"])
+        names = tuple(state["classes"]), tuple(state["superclasses"])
+        superclass_of = tuple(int(number) for number in state["superclass_of"])
+        model = build_model(recipe.model, num_classes=len(names[0]))
+    except (KeyError, TypeError, ValueError) as error:  # UsageError is a ValueError
+        raise RunError(f"{path} is no checkpoint of a network: {error!r}") from None
+    load_weights(model, state.get("model"), path)
+    model = model.eval().to(device, memory_format=torch.channels_last)
+    return Trained(model, recipe, *names, superclass_of, path, state)
+
+
+def find_weights(output_dir: str | Path = "output") -> Path:
+    """The weights to use where none are named: of the runs in `output_dir` the best on real CIFAR-100 at full
+    size, else the carried weights.
+
+    Raises:
+        UsageError: there are neither.
+    """
+    found: list[tuple[float, Path]] = []
+    for path in sorted(Path(output_dir).glob("*_best.pth")):
+        try:
+            state = load_checkpoint(path)
+            recipe, accuracy = state["recipe"], float(state["accuracy_percent"])
+        except (RunError, KeyError, TypeError, ValueError):
+            continue  # a damaged or foreign file is not the best
+        if recipe.get("dataset") == "cifar100":
+            found.append((accuracy, path))
+    if found:
+        return max(found)[1]
+    if CARRIED_WEIGHTS.exists():
+        return CARRIED_WEIGHTS
+    raise UsageError(f"no trained weights in {output_dir}: train first, or pass --weights FILE")

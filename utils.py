@@ -1,0 +1,356 @@
+"""Batches for training and testing: loaders, the order of images, seeding, normalisation.
+
+Images travel as uint8 [B, 32, 32, 3] and become normalised float32 on the device. All that is random in
+a training batch follows from (seed, epoch, batch number, rank), so it does not depend on the number of
+workers or on how they start, nothing repeats over epochs or ranks, and an epoch can be resumed at any batch.
+"""
+
+import contextlib
+import copy
+import functools
+import io
+import math
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch_lr_finder import LRFinder, TrainDataLoaderIter
+
+from augment import train_transform
+from cores import choose_workers
+from dataset import CIFAR100_MEAN, CIFAR100_STD, Split
+from errors import UsageError
+
+__all__ = [
+    "choose_workers",
+    "find_lr",
+    "make_test_batches",
+    "make_train_loader",
+    "normalize",
+    "train_transform",
+]
+
+# The random streams of a run, told apart in SeedSequence's spawn key, as are epoch, batch and rank: sums of
+# seed and epoch meet (1 + 2 and 2 + 1), and so do plain tuples of different length ((1,) and (1, 0)).
+SHUFFLE, AUGMENT = 0, 1
+
+
+class BatchRequest(NamedTuple):
+    """All that fixes one rank's part of one training batch."""
+
+    epoch: int
+    batch: int  # number in the epoch, from 0
+    indices: np.ndarray  # int64 [B]
+
+
+class TrainBatchSampler(Sampler[BatchRequest]):
+    """The batches of one epoch, in the order that (seed, epoch) draws.
+
+    A global batch holds the same images for every number of ranks; rank r takes its r-th contiguous part, all
+    parts of one size but for the last, ragged batch: there some ranks may get one image more than others (so
+    that no image is left out), and if it has fewer images than there are ranks, it is dropped on all of them.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        ragged = count % batch_size
+        self.batches = count // batch_size + (ragged >= world_size)
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch whose batches the next iterations give, and the batch that they start at.
+
+        It holds until it is called again: without a call, an epoch is repeated exactly.
+
+        Raises:
+            UsageError: the epoch is negative or the start lies outside the epoch.
+        """
+        if epoch < 0 or not 0 <= start_batch <= self.batches:
+            raise UsageError(f"epoch {epoch} has batches 0 to {self.batches - 1}, not {start_batch}")
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __len__(self) -> int:
+        return self.batches - self.start_batch
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(SHUFFLE, self.epoch))
+        order = np.random.default_rng(sequence).permutation(self.count)
+        epoch = self.epoch
+        for number in range(self.start_batch, self.batches):
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+            first = self.rank * len(batch) // self.world_size
+            last = (self.rank + 1) * len(batch) // self.world_size
+            yield BatchRequest(epoch, number, batch[first:last])
+
+
+class TrainDataset(Dataset):
+    """Augmented training images, fetched a whole batch at a time by `BatchRequest`."""
+
+    def __init__(self, split: Split, augment: str, seed: int, rank: int) -> None:
+        self.images, self.labels = split.images, split.labels
+        self.transform = train_transform(augment)
+        self.seed, self.rank = seed, rank
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, request: BatchRequest) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [B, 32, 32, 3] and int64 [B] of one request.
+
+        The transform is seeded for each batch: albumentations copies a pipeline's generator into every
+        worker, so without this all workers draw the same stream, and the same again in every epoch.
+        """
+        key = (AUGMENT, request.epoch, request.batch, self.rank)
+        words = np.random.SeedSequence(self.seed, spawn_key=key).generate_state(4)
+        self.transform.set_random_seed(int.from_bytes(words.tobytes(), "little"))
+        images = self.images[request.indices]
+        for image in images:
+            image[...] = self.transform.augment(image)
+        return torch.from_numpy(images), torch.from_numpy(self.labels[request.indices])
+
+
+def make_train_loader(
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: str = "reference",
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    multiprocessing_context: str | None = None,
+) -> DataLoader:
+    """A loader of augmented training batches: uint8 [B, 32, 32, 3] and int64 [B].
+
+    Args:
+        batch_size: images of one step over all ranks; each rank gets its part (see `TrainBatchSampler`).
+        multiprocessing_context: how workers start (fork, spawn, forkserver); None: Python's default.
+
+    `loader.batch_sampler.set_epoch(epoch, start_batch)` chooses what the next iteration gives. Iterating
+    leaves the global random state of torch, numpy and Python as it was.
+
+    Raises:
+        UsageError: a number is out of range, the batch does not divide by the ranks, or the split has
+            fewer images than there are ranks.
+    """
+    if batch_size < 1 or workers < 0 or seed < 0:
+        raise UsageError("the batch size must be at least 1, workers and seed at least 0")
+    if batch_size % world_size:
+        raise UsageError(f"a batch of {batch_size} does not divide by {world_size} processes")
+    sampler = TrainBatchSampler(len(split.labels), batch_size, seed, rank, world_size)
+    if len(sampler) == 0:
+        raise UsageError(f"{len(split.labels)} training images are too few for {world_size} processes")
+    cv2.setNumThreads(0)  # threads only cost on 32x32 images
+    return DataLoader(
+        TrainDataset(split, augment, seed, rank),
+        batch_sampler=sampler,
+        collate_fn=_as_fetched,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=multiprocessing_context if workers else None,
+        generator=torch.Generator().manual_seed(0),  # for torch's own worker seeds, which nothing here uses
+    )
+
+
+def _as_fetched(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch as it is: it was fetched whole."""
+    return batch
+
+
+def _start_worker(_number: int) -> None:
+    """Leave Ctrl-C to the main process, which ends the workers; keep OpenCV to one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to normalised float32 [N, 3, H, W] in channels_last memory, on the same device.
+
+    (level / 255 - mean) / std by channel, as one multiplication and one addition. The constants are laid
+    out for a whole row of pixels: broadcast over 3 channels, the innermost loop would be 3 long, and on a
+    CPU the whole 6 times slower.
+    """
+    count, height, width, channels = images.shape
+    scale, shift = _row_constants(width, images.device)
+    rows = images.reshape(count, height, width * channels).to(torch.float32)
+    return torch.addcmul(shift, rows, scale).view(images.shape).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _row_constants(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of `normalize` for one row: float32 [width * 3] each, kept on the device."""
+    with torch.inference_mode(False):
+        mean = torch.tensor(CIFAR100_MEAN, dtype=torch.float64)
+        std = torch.tensor(CIFAR100_STD, dtype=torch.float64)
+        rows = (1 / (255 * std)).repeat(width).float(), (-mean / std).repeat(width).float()
+        return rows[0].to(device), rows[1].to(device)
+
+
+def make_test_batches(
+    split: Split, batch_size: int, device: torch.device | str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The split in order, on the device, normalised once: float32 [B, 3, 32, 32] and int64 [B] each."""
+    batches = []
+    for first in range(0, len(split.labels), batch_size):
+        images = torch.tensor(split.images[first : first + batch_size])
+        labels = torch.tensor(split.labels[first : first + batch_size])
+        batches.append((normalize(images.to(device)), labels.to(device)))
+    return batches
+
+
+# The suggestion is the default unless the smoothed loss fell by this share, and lies between these rates: below,
+# a fresh network's loss falls steeply too, as its last layer unlearns its random start, but SGD would crawl.
+LEAST_FALL = 0.02
+SANE_RATES = (0.01, 0.3)
+DEFAULT_LR = 0.1
+
+
+@dataclass(frozen=True)
+class LRFinderResult:
+    """A learning-rate range test: rates, losses in nats an image (raw and smoothed), what they suggest."""
+
+    learning_rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
+    suggested_lr: float
+    method: str
+
+    @property
+    def summary(self) -> str:
+        """One line: the suggestion, how it was found, and the range of losses."""
+        curve = self.smoothed
+        return (
+            f"LR finder: suggested LR {self.suggested_lr:.2e} ({self.method}); loss {curve[0]:.2f} -> "
+            f"{np.nanmin(curve):.2f} (lowest) -> {curve[-1]:.2f} (last), smoothed, over learning rates "
+            f"{self.learning_rates[0]:.0e} to {self.learning_rates[-1]:.2g}"
+        )
+
+
+class _NormalizedBatches(TrainDataLoaderIter):
+    """torch-lr-finder's iterator over a loader, with the batches normalised on the device."""
+
+    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+        super().__init__(loader)
+        self.device = device
+
+    def inputs_labels_from_batch(self, batch: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = batch
+        return normalize(images.to(self.device)), labels.to(self.device)
+
+
+class _Autocast(nn.Module):
+    """A network that runs at the run's precision and gives float32 logits."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(images)
+        return logits.float()
+
+
+def find_lr(
+    model: nn.Module,
+    criterion: nn.Module,
+    build_optimizer: Callable[[nn.Module], Optimizer],
+    loader: DataLoader,
+    *,
+    precision: str = "fp32",
+    start_lr: float = 1e-4,
+    end_lr: float = 1.0,
+    iterations: int = 200,
+) -> LRFinderResult:
+    """Run torch-lr-finder's range test (Smith 2017, arXiv:1506.01186) and suggest a learning rate.
+
+    It trains a copy of `model`, with an optimizer of its own, on epoch 0 of `loader`, which training (from
+    epoch 1) does not use; so the network, the optimizer and every random state are afterwards as before.
+    """
+    twin = copy.deepcopy(model)
+    wrapped = _Autocast(twin, precision)
+    device = next(twin.parameters()).device
+    loader.batch_sampler.set_epoch(0)
+    with _kept_random_state(), contextlib.ExitStack() as quiet:
+        quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))  # its remarks; ours say more
+        if not sys.stderr.isatty():
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))  # its progress bar
+        finder = LRFinder(wrapped, build_optimizer(wrapped), criterion, device=device)
+        finder.range_test(
+            _NormalizedBatches(loader, device),
+            start_lr=start_lr,
+            end_lr=end_lr,
+            num_iter=iterations,
+            smooth_f=0,  # smoothed afterwards, without the lag of a running mean
+        )
+    loader.batch_sampler.set_epoch(1)
+    rates = [float(rate) for rate in finder.history["lr"]]
+    losses = [float(loss) for loss in finder.history["loss"]]
+    suggested, method = suggest_lr(rates, losses)
+    return LRFinderResult(rates, losses, smooth(losses).tolist(), suggested, method)
+
+
+def smooth(losses: Sequence[float]) -> np.ndarray:
+    """`losses` averaged over a centred Gaussian window of about a tenth of the points; float64, same length."""
+    values = np.asarray(losses, dtype=np.float64)
+    sigma = max(1.0, len(values) / 40)
+    offsets = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
+    window = np.exp(-0.5 * (offsets / sigma) ** 2)
+    half = len(offsets) // 2
+
+    def mean_at(index: int) -> float:
+        first, last = max(0, index - half), min(len(values), index + half + 1)
+        weights = window[first - index + half : last - index + half]
+        return float(weights @ values[first:last] / weights.sum())
+
+    return np.array([mean_at(index) for index in range(len(values))])
+
+
+def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
+    """The learning rate that a range test suggests, and the method that found it.
+
+    Steepest descent of the smoothed loss over the logarithm of the rate; where that lies outside
+    SANE_RATES, the rate at the lowest loss / 10; where that does too, or the loss is not finite or never
+    fell by LEAST_FALL, DEFAULT_LR, with the reason as the method.
+    """
+    finite = np.isfinite(losses)
+    count = len(losses) if finite.all() else int(np.argmin(finite))
+    if count < 10:
+        return DEFAULT_LR, "the default: the loss was NaN or infinite almost at once"
+    curve = smooth(losses[:count])
+    lowest = int(np.argmin(curve))
+    if curve[0] - curve[lowest] < LEAST_FALL * abs(curve[0]):
+        return DEFAULT_LR, "the default: the loss never fell"
+    low, high = SANE_RATES
+    slope = np.gradient(curve[: lowest + 1], np.log10(rates[: lowest + 1]))
+    steepest = float(rates[int(np.argmin(slope))])
+    if low <= steepest <= high:
+        return steepest, "steepest descent of the smoothed loss"
+    fallback = float(rates[lowest]) / 10
+    if low <= fallback <= high:
+        return fallback, "fallback: rate at the lowest loss / 10"
+    return DEFAULT_LR, f"the default: {steepest:.1e} and {fallback:.1e} lie outside {low:g} to {high:g}"
+
+
+@contextlib.contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Put every global random state back at the block's end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
