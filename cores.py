@@ -12,12 +12,14 @@ def choose_workers(device_type: str) -> int:
     """How many loader processes suit this machine: 0 means that batches are made in the training process.
 
     With a GPU, one for each core that this process may use, less one for the training process. On a CPU
-    training takes every core and augmentation is a few percent of a step.
+    training itself takes every core. Augmenting an image takes one core about 0.05 ms and training ResNet-56
+    on it about 4 ms of core time: on two cores 0, 1 and 2 workers measured the same within noise, 0 ahead;
+    from about eight cores on, one worker hides what would be a tenth of the step.
     """
     cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device_type != "cpu":
         return min(cores - 1, MOST_WORKERS)
-    return 0
+    return 1 if cores >= 8 else 0
 
 
 def usable_cores() -> int:

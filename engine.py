@@ -234,6 +234,7 @@ def evaluate(
     batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     *,
     precision: str = "fp32",
+    title: str = "test",
     after_batch: Callable[[int], None] = lambda batch: None,
 ) -> Metrics:
     """Loss and top-1 accuracy of `model` over `batches`; with several processes, each takes its share.
@@ -243,6 +244,7 @@ def evaluate(
 
     Args:
         batches: (normalised float [N, 3, 32, 32], int64 [N]) pairs, all on the model's device.
+        title: what the progress bar says.
         after_batch: called after each batch with the number of batches that are done.
 
     Raises:
@@ -252,7 +254,7 @@ def evaluate(
     device = next(model.parameters()).device
     sums = Sums(device)
     pieces = [piece for images, labels in batches for piece in _pieces(images, labels, device)]
-    with progress_bar(total=len(pieces), desc="test", unit="batch") as bar:
+    with progress_bar(total=len(pieces), desc=title, unit="batch") as bar:
         for number, (images, labels) in enumerate(pieces, start=1):
             with autocast(device, precision):
                 logits = model(images).float()

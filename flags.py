@@ -68,6 +68,23 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_data_folder(group: argparse._ArgumentGroup) -> None:
+    """Add --data-dir and --data-url, as every script has them that reads the data set."""
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("CIFAR_DATA") or "data"),
+        metavar="DIR",
+        help="folder that holds, or gets, cifar-100-python/ (default: $CIFAR_DATA, else data)",
+    )
+    group.add_argument(
+        "--data-url",
+        default=os.environ.get("CIFAR100_URL") or None,
+        metavar="URL",
+        help="try this address or local archive first (default: $CIFAR100_URL)",
+    )
+
+
 def _add_data_flags(parser: Parser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -75,19 +92,7 @@ def _add_data_flags(parser: Parser) -> None:
         choices=("cifar100", "synthetic"),
         help="cifar100, or the built-in drawn images for machines without it (default: cifar100)",
     )
-    data.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("CIFAR_DATA") or "data"),
-        metavar="DIR",
-        help="folder that holds, or gets, cifar-100-python/ (default: $CIFAR_DATA, else data)",
-    )
-    data.add_argument(
-        "--data-url",
-        default=os.environ.get("CIFAR100_URL") or None,
-        metavar="URL",
-        help="try this address or local archive first (default: $CIFAR100_URL)",
-    )
+    add_data_folder(data)
     data.add_argument(
         "--limit-train",
         type=whole_number(1),

@@ -36,8 +36,9 @@ SERIES = (
     ("test", "test", VERMILLION),
     ("ema_test", "test, averaged weights", PURPLE),
 )
-MEASURED = ("train_loss", "train_acc_percent", "test_loss", "test_acc_percent")
-REQUIRED_COLUMNS = ("epoch", "learning_rate", *MEASURED)
+# A run that holds images out measures those after each epoch, and the test images only at its end.
+REQUIRED_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_acc_percent")
+HELD_OUT_COLUMNS = {"test": ("test_loss", "test_acc_percent"), "val": ("val_loss", "val_acc_percent")}
 
 LINES_STYLE: dict[str, Any] = {
     "axes.titlesize": 11.5,
@@ -187,9 +188,10 @@ def history_figure(
     """Loss, accuracy, learning rate and generalisation gap against the epoch, two by two.
 
     Args:
-        rows: one mapping an epoch with REQUIRED_COLUMNS; val_loss, val_acc_percent, ema_test_loss
-            and ema_test_acc_percent are drawn where present. Text from a CSV file is read as
-            numbers; None, "" and values that are not finite leave a hole in the line.
+        rows: one mapping an epoch with REQUIRED_COLUMNS and those of either entry of
+            HELD_OUT_COLUMNS; ema_test_loss and ema_test_acc_percent are drawn where present. Text
+            from a CSV file is read as numbers; None, "" and values that are not finite leave a hole
+            in the line.
         milestones: epochs after which the rate drops; those inside the history are drawn, half an
             epoch later, where the drop is.
         target_accuracy: percent, or None.
@@ -231,7 +233,8 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     if len(rows) == 0:
         raise ValueError("the history has no rows to draw")
     for index, row in enumerate(rows, start=1):
-        missing = [name for name in REQUIRED_COLUMNS if name not in row]
+        held_out = HELD_OUT_COLUMNS["val" if "val_loss" in row else "test"]
+        missing = [name for name in (*REQUIRED_COLUMNS, *held_out) if name not in row]
         if missing:
             raise ValueError(f"history row {index} lacks {', '.join(missing)}")
     series = [f"{prefix}_{what}" for prefix, _, _ in SERIES for what in ("loss", "acc_percent")]

@@ -193,11 +193,10 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 @functools.lru_cache(maxsize=16)
 def _row_constants(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift of `normalize` for one row: float32 [width * 3] each, kept on the device."""
-    with torch.inference_mode(False):
-        mean = torch.tensor(CIFAR100_MEAN, dtype=torch.float64)
-        std = torch.tensor(CIFAR100_STD, dtype=torch.float64)
-        rows = (1 / (255 * std)).repeat(width).float(), (-mean / std).repeat(width).float()
-        return rows[0].to(device), rows[1].to(device)
+    mean = torch.tensor(CIFAR100_MEAN, dtype=torch.float64)
+    std = torch.tensor(CIFAR100_STD, dtype=torch.float64)
+    scale, shift = (1 / (255 * std)).repeat(width).float(), (-mean / std).repeat(width).float()
+    return scale.to(device), shift.to(device)
 
 
 def make_test_batches(

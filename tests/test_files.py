@@ -242,7 +242,7 @@ def test_a_killed_process_that_nobody_waited_for_loses_its_lock(tmp_path: Path) 
     process = python(HOLD, path)
     assert process.stdout.readline() == "held\n"
     process.kill()
-    process.stdout.read()  # ends when the process has ended; it stays a zombie until it is waited for
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
     with RunLock(path):
         assert path.read_text().startswith(f"{os.getpid()} ")
     process.communicate(timeout=10)

@@ -155,6 +155,16 @@ def test_validation_and_averaged_weights_are_drawn_when_present() -> None:
     assert "train minus validation" in lines_by_label(gap)
 
 
+def test_a_run_that_measures_only_held_out_images_is_drawn() -> None:
+    rows = make_rows(3, val_loss=2.0, val_acc_percent=41.0)
+    for row in rows:
+        del row["test_loss"], row["test_acc_percent"]
+    loss, accuracy, _, gap = plots.history_figure(rows, best_epoch=2).axes
+    assert set(lines_by_label(loss)) == {"train", "validation"}
+    assert "best epoch 2: 41.00 %" in lines_by_label(accuracy)
+    assert "train minus validation" in lines_by_label(gap)
+
+
 def test_values_missing_from_a_csv_leave_holes_not_errors() -> None:
     rows = [{name: str(value) for name, value in row.items()} for row in make_rows(4)]
     for row in rows[:-1]:

@@ -76,7 +76,7 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, kind: str,
 
 def test_the_look_agrees_with_the_training_figures() -> None:
     ours = rp.per_class_bars_figure(["a", "b"], [1, 2], "F1 (%)", "t")
-    row = dict.fromkeys(plots.REQUIRED_COLUMNS, 1.0)
+    row = dict.fromkeys([*plots.REQUIRED_COLUMNS, *plots.HELD_OUT_COLUMNS["test"]], 1.0)
     theirs = plots.history_figure([row])
     for figure in (ours, theirs):
         axes = figure.axes[0]

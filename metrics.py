@@ -1,0 +1,188 @@
+"""What a classifier's answers come to: accuracies, loss, calibration, confusions, its worst mistakes.
+
+Pure functions on NumPy arrays: N images, K classes, labels from 0. Accuracies, precision and the like are
+in percent; confidences, probabilities and the calibration error are fractions from 0 to 1.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+CALIBRATION_BINS = 15  # as in Guo et al. 2017, so that the figures can be compared
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How far confidence is from accuracy, by bins of equal width.
+
+    `edges` is [B + 1] from 0 to 1; `accuracy` and `confidence` [B] are means of the bin's images (NaN where
+    it has none), `counts` [B] its images, and `ece` their mean distance, weighted by the counts.
+    """
+
+    edges: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+    counts: np.ndarray
+    ece: float
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The figures of one pass over N images; `loss` is in nats an image."""
+
+    images: int
+    top1_percent: float
+    top5_percent: float
+    superclass_percent: float
+    loss: float
+    calibration: Calibration
+
+
+class ClassScores(NamedTuple):
+    """Per class, [K] each, in percent; NaN where it is not defined. `images` is int64 [K]."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    images: np.ndarray
+
+
+class ConfusedPair(NamedTuple):
+    """Two classes and how many images of each were taken for the other."""
+
+    first: int
+    second: int
+    first_as_second: int
+    second_as_first: int
+
+    @property
+    def total(self) -> int:
+        """Images of either class taken for the other."""
+        return self.first_as_second + self.second_as_first
+
+
+def score(logits: np.ndarray, labels: np.ndarray, superclass_of: np.ndarray) -> Scores:
+    """All figures of float [N, K] logits (or log-probabilities) and int [N] labels.
+
+    Args:
+        superclass_of: int [K], from class to superclass.
+
+    Raises:
+        ValueError: no images, or shapes that do not fit together.
+    """
+    logits, labels, superclass_of = np.asarray(logits), np.asarray(labels), np.asarray(superclass_of)
+    fits = logits.ndim == 2 and labels.shape == logits.shape[:1] and superclass_of.shape == logits.shape[1:]
+    if not fits or logits.size == 0:
+        shapes = f"logits {logits.shape}, labels {labels.shape}, superclasses {superclass_of.shape}"
+        raise ValueError(f"logits [N, K], labels [N] and superclasses [K] are needed, not {shapes}")
+    predictions = logits.argmax(axis=1)
+    log_probabilities = log_softmax(logits)
+    confidence = np.exp(log_probabilities.max(axis=1))
+    return Scores(
+        images=len(labels),
+        top1_percent=top_k_percent(logits, labels, 1),
+        top5_percent=top_k_percent(logits, labels, 5),
+        superclass_percent=percent(superclass_of[predictions] == superclass_of[labels]),
+        loss=float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+        calibration=calibrate(confidence, predictions == labels),
+    )
+
+
+def percent(hits: np.ndarray) -> float:
+    """The share of true values in bool [N]; 100 * hits / N, as everywhere in this project."""
+    return 100 * int(np.count_nonzero(hits)) / len(hits)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms of the softmax over the last axis, float64, of the same shape; cannot overflow."""
+    shifted = np.asarray(logits, dtype=np.float64)
+    shifted = shifted - shifted.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def top_k_percent(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """How many of the labels are among the k largest logits; of equal logits the lower class goes first,
+    so that k = 1 is what argmax gives."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    lower = np.arange(logits.shape[1]) < labels[:, None]
+    before = (logits > own) | ((logits == own) & lower)
+    return percent(before.sum(axis=1) < k)
+
+
+def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> Calibration:
+    """Expected calibration error over `bins` bins of equal width (Guo et al. 2017, arXiv:1706.04599).
+
+    A bin holds the confidences above its lower edge, up to and with its upper edge.
+
+    Args:
+        confidence: float [N], the probability of the predicted class. correct: bool [N].
+    """
+    edges = np.arange(bins + 1) / bins
+    where = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    counts = np.bincount(where, minlength=bins)
+    hits = np.bincount(where, weights=np.asarray(correct, dtype=np.float64), minlength=bins)
+    sums = np.bincount(where, weights=confidence, minlength=bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: an empty bin has no mean
+        accuracy, mean_confidence = hits / counts, sums / counts
+    ece = float(np.abs(hits - sums).sum() / len(confidence))
+    return Calibration(edges, accuracy, mean_confidence, counts, ece)
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """int64 [K, K]: images of each true class (row) by predicted class (column)."""
+    cells = np.asarray(labels) * classes + np.asarray(predictions)
+    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+
+
+def superclass_matrix(matrix: np.ndarray, superclass_of: np.ndarray, superclasses: int) -> np.ndarray:
+    """A confusion matrix of classes [K, K] summed to one of superclasses [S, S]."""
+    member = np.eye(superclasses, dtype=np.int64)[superclass_of]  # [K, S]
+    return member.T @ matrix @ member
+
+
+def superclass_order(superclass_of: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The classes, one superclass after another, and where in that order each superclass begins.
+
+    Within a superclass they keep their order; superclasses without a class have no beginning.
+    """
+    order = np.argsort(superclass_of, kind="stable")
+    groups = np.asarray(superclass_of)[order]
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    return order, starts.tolist()
+
+
+def per_class(matrix: np.ndarray) -> ClassScores:
+    """Precision, recall and F1 of each class of a confusion matrix.
+
+    Precision is NaN for a class never predicted, recall for one without images, F1 for one with neither.
+    """
+    right, images, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+        precision, recall = 100 * right / predicted, 100 * right / images
+        f1 = 100 * 2 * right / (images + predicted)
+    return ClassScores(precision, recall, f1, images)
+
+
+def most_confused(matrix: np.ndarray, count: int) -> list[ConfusedPair]:
+    """The pairs of classes most often taken for each other, in either direction; at most `count`.
+
+    Sorted by the sum of both directions, then by class. Within a pair, `first` is the class that is
+    mistaken more often.
+    """
+    both = np.triu(matrix + matrix.T, k=1)
+    rows, columns = np.nonzero(both)
+    order = np.argsort(-both[rows, columns], kind="stable")[:count]
+    pairs = []
+    for a, b in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
+        if matrix[b, a] > matrix[a, b]:
+            a, b = b, a
+        pairs.append(ConfusedPair(a, b, int(matrix[a, b]), int(matrix[b, a])))
+    return pairs
+
+
+def confidently_wrong(logits: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """The images that are classified wrongly with most confidence, most confident first: int64 [<= count]."""
+    wrong = np.flatnonzero(logits.argmax(axis=1) != labels)
+    confidence = log_softmax(logits[wrong]).max(axis=1, initial=-np.inf)
+    return wrong[np.argsort(-confidence, kind="stable")[:count]]
