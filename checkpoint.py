@@ -38,8 +38,10 @@ PLAIN_NAMES = re.compile(
 NAMING_OPCODES = {"GLOBAL", "INST", "STACK_GLOBAL", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, state: dict[str, Any], keep: str | Path | None = None) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts only) to `path` atomically.
+
+    With `keep`, the earlier checkpoint at `path` is moved there.
 
     Raises:
         RunError: the file cannot be written; what stood at `path` stays.
@@ -47,7 +49,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save({"format_version": FORMAT_VERSION, **state}, buffer)
     content = buffer.getvalue()
-    with atomic_write(path) as file:
+    with atomic_write(path, keep) as file:
         file.write(content[:-2])
         file.write(struct.pack("<H", COMMENT_LENGTH))
         file.write(COMMENT + hashlib.sha256(content).hexdigest().encode())

@@ -13,11 +13,12 @@ import distributed
 from cli import LOG, as_answer, ask, ask_yes_no, is_interactive, number, whole_number
 from dataset import DatasetUnavailable, ImageData, load_dataset
 from errors import RunError
-from flags import DEFAULT_NAME, build_parser
+from flags import DEFAULT_NAME, build_parser, plain_name
+from lr_suggestion import DEFAULT_LR
 from plots import plot_lr_finder
 from recipe import MAX_EPOCHS, Recipe
-from run import RunFiles
-from utils import DEFAULT_LR, find_lr
+from run_files import RunFiles
+from utils import find_lr
 
 DEFAULT_EPOCHS = 20
 
@@ -52,7 +53,7 @@ def choose_files(
 ) -> RunFiles:
     """Where the run writes: an earlier run's files are replaced only by --overwrite or a y at a terminal."""
     if state is not None:
-        return RunFiles(folder, args.name or state["name"])
+        return RunFiles(folder, args.name or stored_name(state))
     name = args.name or DEFAULT_NAME
     if recipe.dataset == "synthetic" and "synthetic" not in name:
         name += "_synthetic"
@@ -66,6 +67,18 @@ def choose_files(
             return files
     LOG.info(f"{name} is kept (--resume goes on with it); this run writes {free.name}.")
     return free
+
+
+def stored_name(state: dict[str, Any]) -> str:
+    """The run's name in a checkpoint.
+
+    Raises:
+        RunError: there is none, or it could lead out of the output folder.
+    """
+    try:
+        return plain_name(state["name"])
+    except (KeyError, TypeError, argparse.ArgumentTypeError):
+        raise RunError("the checkpoint's run name is missing or unsafe: pass --name NAME") from None
 
 
 def answer_questions(

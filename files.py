@@ -19,8 +19,10 @@ except ImportError:  # Windows
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[BinaryIO]:
     """Yield a binary file whose content appears at `path` whole, or not at all.
+
+    With `keep`, what stood at `path` is moved there once the new content is safely on disk.
 
     The bytes go to a temporary name in the same folder, are flushed and fsynced, and are moved into
     place by `os.replace`; then the folder is fsynced, so that the new name survives a power cut. On any
@@ -39,6 +41,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         # mkstemp makes files for the owner alone; give the mode that open() would have given.
         os.chmod(temporary, 0o666 & ~_umask())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except OSError as error:

@@ -3,9 +3,7 @@
 import csv
 import io
 import math
-import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,99 +18,12 @@ from errors import RunError
 from files import atomic_write_text
 from plots import plot_history
 from recipe import Recipe
+from run_files import RunFiles
 
 # On a GPU an epoch takes seconds: the plots are then drawn at most this often, and always at the end.
 PLOT_EVERY_S = 5.0
 # How often several processes on GPUs agree on an interrupt; each time waits for the device.
 AGREE_EVERY = 20
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """The files of the run `name` in `folder`."""
-
-    folder: Path
-    name: str
-
-    def path(self, ending: str) -> Path:
-        """The run's file of that ending, `_last.pth` say."""
-        return self.folder / f"{self.name}{ending}"
-
-    @property
-    def last(self) -> Path:
-        """The state to resume from."""
-        return self.path("_last.pth")
-
-    @property
-    def previous(self) -> Path:
-        """The state before the last one, used where the last one is damaged."""
-        return self.path("_last.prev.pth")
-
-    @property
-    def best(self) -> Path:
-        """The weights of the best epoch so far."""
-        return self.path("_best.pth")
-
-    @property
-    def results(self) -> Path:
-        """What a finished run leaves: best weights, history, recipe, versions."""
-        return self.path("_training_results.pth")
-
-    @property
-    def taken(self) -> bool:
-        """Whether a run of this name, finished or not, is here."""
-        return any(path.exists() for path in (self.last, self.previous, self.best, self.results))
-
-    @classmethod
-    def of_last(cls, path: Path) -> "RunFiles | None":
-        """The files of the run whose state `path` is, or None where it is not called NAME_last.pth."""
-        name = path.name.removesuffix("_last.pth")
-        return None if name == path.name else cls(path.parent, name)
-
-    def free(self) -> "RunFiles":
-        """These files, or those of NAME-2, NAME-3, ... if a run of the name is here already."""
-        files, number = self, 1
-        while files.taken:
-            number += 1
-            files = RunFiles(self.folder, f"{self.name}-{number}")
-        return files
-
-    def remove_run(self) -> None:
-        """Delete an earlier run's checkpoints, so that nothing of it can be mixed up with the new one."""
-        for path in (self.last, self.previous, self.best, self.results):
-            path.unlink(missing_ok=True)
-
-    def prepare(self) -> None:
-        """Make the folder and see that a file can be written there.
-
-        Raises:
-            RunError: it cannot; the message says why.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise RunError(f"{self.folder} is a file, not a folder: pass another --output-dir") from None
-        except OSError as error:
-            raise RunError(f"cannot make the folder {self.folder}: {error.strerror}") from None
-        probe = self.path("_probe")
-        atomic_write_text(probe, "")
-        probe.unlink(missing_ok=True)
-
-    def load_last(self) -> dict[str, Any]:
-        """The state to resume from: the last one, or, where that is damaged, the one before it.
-
-        Raises:
-            RunError: neither can be used.
-        """
-        if not self.last.exists() and not self.previous.exists():
-            raise RunError(f"nothing to resume: {self.last} does not exist")
-        try:
-            return ckpt.load_checkpoint(self.last)
-        except RunError as error:
-            if not self.previous.exists():
-                raise
-            LOG.warning(f"{error}; going on from {self.previous} instead")
-            return ckpt.load_checkpoint(self.previous)
 
 
 class Interrupted(Exception):
@@ -193,26 +104,34 @@ class Run:
         ckpt.load_weights(self.model, state.get("model"), source)
         try:
             self.step.optimizer.load_state_dict(state["optimizer"])
+            self._check_momentum()
             self.step.scheduler.load_state_dict(state["scheduler"])
-            self.epoch, self.batches_done = state["epoch"], state["batches_done"]
-            self.learning_rate = state["learning_rate"]
+            self.epoch, self.batches_done = int(state["epoch"]), int(state["batches_done"])
+            self.learning_rate = float(state["learning_rate"])
             if distributed.is_main():  # the stored sums are those of all processes
                 self.sums.restore(state["sums"])
-            self.history, self.best = state["history"], state["best"]
-            self.elapsed_s = state["elapsed_s"]
+            self.history = [dict(row) for row in state["history"]]
+            self.best = {key: state["best"][key] for key in ("epoch", "accuracy_percent", "model")}
+            self.elapsed_s = float(state["elapsed_s"])
+            if len(self.history) != self.epoch - 1 or not 0 <= self.batches_done <= self.batches_per_epoch:
+                raise ValueError("its history, epoch and batch do not fit together")
             ckpt.restore_random_state(state["random"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise RunError(f"{source} is no state to resume from: {error!r}") from None
+        except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+            raise RunError(f"{source} is no state to resume from: {error!r}"[:300]) from None
+
+    def _check_momentum(self) -> None:
+        """Refuse momentum of another shape than its weight, which SGD would only stumble over later."""
+        for weight, values in self.step.optimizer.state.items():
+            buffer = values.get("momentum_buffer")
+            if buffer is not None and buffer.shape != weight.shape:
+                raise ValueError("a momentum buffer is of another shape than its weight")
 
     def save(self) -> None:
         """Write the state to resume from, keeping the one before it; on the main process alone."""
         state = self.state()
         self._saved_at = time.monotonic()
-        if not distributed.is_main():
-            return
-        if self.files.last.exists():
-            os.replace(self.files.last, self.files.previous)
-        ckpt.save_checkpoint(self.files.last, state)
+        if distributed.is_main():
+            ckpt.save_checkpoint(self.files.last, state, keep=self.files.previous)
 
     def begin_epoch(self) -> None:
         """Note the epoch's learning rate: that of its first batch, also where the epoch is gone on with."""
@@ -220,34 +139,41 @@ class Run:
             self.learning_rate = self.step.optimizer.param_groups[0]["lr"]
 
     def after_train_batch(self, number: int) -> None:
-        """Between two batches of training: save when it is time, stop when asked to.
+        """Between two batches of training: save when it is time; stop, with the state saved, when asked to.
+
+        Several processes must agree on both, since saving sums over all of them: they do so after the same
+        batches, on GPUs after every AGREE_EVERY-th only.
 
         Raises:
             Interrupted: after the state is saved.
         """
         self.batches_done = number
-        self.after_batch(number)
+        asked = self.interrupts.signal_number is not None
         due = time.monotonic() - self._saved_at > self.checkpoint_every_s
         if distributed.world_size() > 1:
-            # each process reads its own clock; they must agree, since saving sums over all of them
-            due = number % AGREE_EVERY == 0 and distributed.any_rank(due, self.step.device)
+            if self.step.device.type != "cpu" and number % AGREE_EVERY:
+                return
+            asked, due = (distributed.any_rank(flag, self.step.device) for flag in (asked, due))
+        if asked:
+            self._stop()
         if due:
             self._check_then_save()
 
-    def after_batch(self, number: int) -> None:
-        """Between two batches of training or testing: stop when asked to, with the state saved.
+    def after_test_batch(self, number: int) -> None:
+        """Between two batches of testing: stop, with the state saved, when asked to.
+
+        Several processes test shares of unequal length and cannot agree here; they stop in the next epoch.
 
         Raises:
             Interrupted: after the state is saved.
         """
-        asked = self.interrupts.signal_number is not None
-        if distributed.world_size() > 1:
-            often = 1 if self.step.device.type == "cpu" else AGREE_EVERY
-            asked = number % often == 0 and distributed.any_rank(asked, self.step.device)
-        if asked:
-            self._check_then_save()
-            LOG.info(f"Stopped in epoch {self.epoch}. Go on with: {self.resume_command}")
-            raise Interrupted
+        if distributed.world_size() == 1 and self.interrupts.signal_number is not None:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._check_then_save()
+        LOG.info(f"Stopped in epoch {self.epoch}. Go on with: {self.resume_command}")
+        raise Interrupted
 
     def _check_then_save(self) -> None:
         """Save unless the state is spoilt by a NaN that the loop has not seen yet."""

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -28,11 +29,12 @@ from device import choose_compile, choose_device, native_bf16, set_up_torch
 from dialogue import answer_questions, choose_files, load_data, resume_command
 from engine import TrainStep, evaluate, train_one_epoch
 from errors import RunError, UsageError
-from files import RunLock
+from files import RunLock, remove_leftovers
 from flags import DEFAULT_NAME, build_parser, check_against, recipe_from
 from model import build_model, count_parameters
 from recipe import Recipe
-from run import Interrupted, Run, RunFiles
+from run import Interrupted, Run
+from run_files import RunFiles
 from utils import choose_workers, make_test_batches, make_train_loader
 
 
@@ -65,8 +67,10 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
     train_split, test_split, val_split = splits(data, recipe)
     files = choose_files(args, recipe, folder, state)
     with RunLock(files.path(".lock")) if distributed.is_main() else contextlib.nullcontext():
-        if state is None and distributed.is_main():
-            files.remove_run()
+        if distributed.is_main():
+            remove_leftovers(files.folder, f"{files.name}_")
+            if state is None:
+                files.remove_run()
         start_log(files.path("_log.txt"))
         model = build_model(recipe.model, num_classes=len(data.classes))
         model = model.to(device, memory_format=torch.channels_last)
@@ -84,8 +88,10 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
         if state is None:
             recipe = answer_questions(args, recipe, model, loader, files)
         run = start_run(args, recipe, data, model, len(loader), files, interrupts, state, source)
-        test_batches = make_test_batches(test_split, recipe.test_batch_size, device)
-        val_batches = make_test_batches(val_split, recipe.test_batch_size, device) if val_split else []
+        test_batches = make_test_batches(own_share(test_split), recipe.test_batch_size, device)
+        val_batches = (
+            make_test_batches(own_share(val_split), recipe.test_batch_size, device) if val_split else []
+        )
         train_epochs(run, loader, val_batches or test_batches)
         finish(run, test_batches)
     return 0
@@ -111,7 +117,9 @@ def train_epochs(run: Run, loader: DataLoader, chosen_on: list[tuple]) -> None:
             title=f"epoch {run.epoch}/{recipe.epochs}",
             after_batch=run.after_train_batch,
         )
-        test_metrics = evaluate(run.model, chosen_on, precision=recipe.precision, after_batch=run.after_batch)
+        test_metrics = evaluate(
+            run.model, chosen_on, precision=recipe.precision, after_batch=run.after_test_batch
+        )
         run.finish_epoch(train_metrics, test_metrics)
     run.interrupts.busy = False
 
@@ -183,6 +191,12 @@ def splits(data: ImageData, recipe: Recipe) -> tuple[Split, Split, Split | None]
     return train_split, test_split, val_split
 
 
+def own_share(split: Split) -> Split:
+    """The images that this process tests: with several processes each takes every so-manieth, none twice."""
+    share = slice(distributed.rank(), None, distributed.world_size())
+    return Split(np.ascontiguousarray(split.images[share]), split.labels[share])
+
+
 def say_what_is_trained(
     recipe: Recipe, model: nn.Module, device: torch.device, train_split: Split, test_split: Split
 ) -> None:
@@ -215,7 +229,7 @@ def start_run(
     device = next(model.parameters()).device
     images = batches_per_epoch * recipe.batch_size * recipe.epochs
     stored = state.get("compile") if state else None
-    use_compile, why = choose_compile(args.compile, device, images, stored)
+    use_compile, why = choose_compile(args.compile, device, recipe.precision, images, stored)
     LOG.info(f"torch.compile: {'on' if use_compile else 'off'} ({why})")
     step = TrainStep(
         model,

@@ -20,7 +20,7 @@ CARRIED_WEIGHTS = Path(__file__).resolve().parent / "weights" / "resnet56_cifar1
 class Trained:
     """A network in evaluation mode, with what it was trained on.
 
-    `classes[label]` is the name of a label 0..99, `superclasses[superclass_of[label]]` that of its superclass;
+    `classes[label]` names a label 0..99, `superclasses[superclass_of[label]]` its superclass;
     `state` is the whole checkpoint (history, versions, `epoch` and `accuracy_percent` of the weights).
     """
 

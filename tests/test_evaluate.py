@@ -321,6 +321,8 @@ addEventListener("load", () => {
   const seen = {start: column(1)};
   click(1); seen.f1_up = column(1);
   click(1); seen.f1_down = column(1);
+  click(2); seen.precision_down = column(2);
+  click(2); seen.precision_up = column(2);
   click(0); seen.names_up = column(0);
   click(0); seen.names_down = column(0);
   seen.sorted = [...table.tHead.rows[0].cells].map(cell => cell.getAttribute("aria-sort"));
@@ -365,11 +367,12 @@ def test_page_works_in_a_browser(finished: Finished, tmp_path: Path, width: int)
     assert seen["names_up"] != seen["names_down"] == seen["names_up"][::-1]
     assert set(seen["names_up"]) == set(NAMES["fine_label_names"])
     assert seen["sorted"] == ["descending", None, None, None, None, None, None]
-    values = [float(text) for text in seen["f1_up"] if text != "-"]
-    assert values == sorted(values) and len(set(values)) > 1
-    assert (
-        seen["f1_down"][: len(values)]
-        == [f"{value:.2f}" for value in values[::-1]]
-        == seen["start"][: len(values)]
-    )
-    assert set(seen["f1_up"][len(values) :]) <= {"-"}, "missing values stay last, whichever way it is sorted"
+    f1 = sorted(float(text) for text in seen["start"])
+    assert f1[0] < 10 <= f1[-1], "sorted as text, 100.00 would come before 20.00"
+    assert [float(text) for text in seen["f1_up"]] == f1
+    assert seen["f1_down"] == seen["start"] == [f"{value:.2f}" for value in f1[::-1]]
+    known = sorted(float(text) for text in seen["precision_up"] if text != "-")
+    missing = ["-"] * (100 - len(known))
+    assert missing, "some class is never named"
+    assert seen["precision_up"] == [f"{value:.2f}" for value in known] + missing
+    assert seen["precision_down"] == [f"{value:.2f}" for value in known[::-1]] + missing
