@@ -35,7 +35,7 @@ from model import count_parameters
 from recipe import Recipe
 from recorded import Agreement, compare, history_rows, weights_epoch
 from report import Evaluation, confused_pairs, score_rows, write_report
-from run import RunFiles
+from run_files import RunFiles
 from trained import Trained, find_weights, load_trained
 from utils import make_test_batches
 
@@ -226,6 +226,7 @@ def evaluation_of(test: Outcome, agreement: Agreement, name: str) -> Evaluation:
         synthetic=data.name == "synthetic",
         notes=tuple(notes),
         facts=facts_of(test),
+        training=f"{trained.recipe.model} on {trained.recipe.data_note}",
         history=tuple(history_rows(trained.state)),
         milestones=trained.recipe.milestone_epochs,
     )

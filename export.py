@@ -45,7 +45,7 @@ from flags import Parser
 from trained import Trained, find_weights, load_trained
 from utils import normalize
 
-LIMIT = 1e-4  # largest difference of an output that rounding explains: logits of size 10 differ by 1e-5
+LIMIT = 1e-4  # of an output's difference: rounding explains 1e-5 for logits of 10, as trained networks give
 CALIBRATION_IMAGES = 500  # five a class: the ranges hardly change with more
 LATENCY_BATCHES = (1, 128)
 # TorchScript compiles itself during the first calls.

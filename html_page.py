@@ -50,7 +50,7 @@ th, td { padding: 0.28rem 0.7rem; text-align: left; border-bottom: 1px solid var
   white-space: nowrap; }
 thead th { position: sticky; top: 0; background: var(--page); border-bottom: 2px solid var(--soft);
   z-index: 1; }
-td:not(.number) { white-space: normal; min-width: 9rem; }
+td:not(.number) { white-space: normal; min-width: 5rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 tbody th { font-weight: inherit; position: sticky; left: 0; background: var(--page); }
 .number { text-align: right; }

@@ -36,7 +36,7 @@ class Evaluation:
     `logits` is float [N, K], `images` uint8 [N, 32, 32, 3], `labels` int [N], `superclass_of` int [K].
     `subject` says which weights these are, `data` on what images they were tested ("synthetic ...");
     both stand beside every figure. `notes` are sentences, `facts` (what, value) pairs; `history` holds the
-    training run's rows, or is empty.
+    rows of the training run that `training` names, or is empty.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Evaluation:
     synthetic: bool = False
     notes: tuple[str, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
+    training: str = ""
     history: tuple[dict[str, Any], ...] = ()
     milestones: tuple[int, ...] = ()
 
@@ -199,7 +200,7 @@ def _mistakes_picture(evaluation: Evaluation, worst: np.ndarray, title: str) -> 
 
 
 def _history_picture(evaluation: Evaluation) -> Picture:
-    title = f"Training: {evaluation.subject}"
+    title = f"Training: {evaluation.training}"
     return _drawn(
         history_figure(evaluation.history, milestones=evaluation.milestones, title=title),
         f"Loss, accuracy, learning rate and generalisation gap over {len(evaluation.history)} epochs.",
@@ -240,6 +241,7 @@ def _scores_part(evaluation: Evaluation) -> str:
     part = key_figures(tiles)
     if evaluation.augmented:
         columns = [Column("Figure"), Column("Plain"), Column("Averaged")]
+        rows = [tuple((cell or "").replace(" ", "\N{NO-BREAK SPACE}") for cell in row) for row in rows]
         part += table("Plain, and averaged over views of each image", columns, rows)
     return part
 
@@ -294,11 +296,11 @@ def _class_part(evaluation: Evaluation, pictures: dict[str, Picture]) -> str:
 
 
 def _confusion_part(evaluation: Evaluation, pictures: dict[str, Picture]) -> str:
-    columns = [Column("A"), Column("B")]
-    columns += [Column(name, ",d") for name in ("A said to be B", "B said to be A", "Both")]
+    columns = [Column("One"), Column("Other")]
+    columns += [Column(name, ",d") for name in ("Both ways", "One said to be other", "Other said to be one")]
     pairs = confused_pairs(evaluation)
-    rows = [(a, b, p.first_as_second, p.second_as_first, p.total) for a, b, p in pairs]
-    found = table("Pairs of classes most often confused", columns, rows, sorted_by=4)
+    rows = [(a, b, p.total, p.first_as_second, p.second_as_first) for a, b, p in pairs]
+    found = table("Pairs of classes most often confused", columns, rows, sorted_by=2)
     return (found if rows else paragraph("No class was taken for another.")) + _shown(
         pictures, "confusion", 720
     )

@@ -67,7 +67,7 @@ def find_weights(output_dir: str | Path = "output") -> Path:
             recipe, accuracy = state["recipe"], float(state["accuracy_percent"])
         except (RunError, KeyError, TypeError, ValueError):
             continue  # a damaged or foreign file is not the best
-        if recipe.get("dataset") == "cifar100":
+        if isinstance(recipe, dict) and recipe.get("dataset") == "cifar100":
             found.append((accuracy, path))
     if found:
         return max(found)[1]

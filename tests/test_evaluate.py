@@ -31,7 +31,8 @@ from engine import Metrics, TrainStep
 from engine import evaluate as engine_evaluate
 from model import build_model
 from recipe import Recipe
-from run import Run, RunFiles
+from run import Run
+from run_files import RunFiles
 from utils import make_test_batches
 
 NAMES = {

@@ -272,7 +272,7 @@ HALVES[:32], HALVES[32:] = COLOUR, (10, 60, 220)
 def as_mode(mode: str) -> Image.Image:
     image = Image.fromarray(HALVES)
     if mode == "I;16":
-        return Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)
+        return Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 256 + 17)
     if mode == "F":
         return Image.fromarray(np.array(image.convert("L")).astype(np.float32) / 255)
     if mode == "P":
