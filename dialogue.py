@@ -86,19 +86,20 @@ def answer_questions(
 ) -> Recipe:
     """The recipe with the answers to the three questions: LR finder? its rate? how many epochs?
 
-    A flag given is a question not asked; --lr makes the finder's rate moot, so that it is then run only
-    on --lr-finder.
+    A flag given is a question not asked; --lr, or --max-lr, makes the finder's rate moot, so that it is then
+    run only on --lr-finder.
     """
     quiet = args.yes
+    rate_given = args.lr is not None or args.max_lr is not None
     lr = DEFAULT_LR if args.lr is None else args.lr
     wanted = args.lr_finder
     if wanted is None:
-        wanted = args.lr is None and (
+        wanted = not rate_given and (
             quiet or ask_yes_no("Do you want to run LR Finder? (y/n, default: y): ")
         )
     if wanted:
         suggested = run_lr_finder(recipe, model, loader, files)
-        if args.lr is None:
+        if not rate_given:
             question = f"Use suggested LR {suggested:.2e}? (y/n, default: y): "
             if quiet or ask_yes_no(question):
                 lr = suggested
@@ -109,6 +110,8 @@ def answer_questions(
                     as_answer(number(1e-8, 100), "The learning rate"),
                     shown=f"{DEFAULT_LR:.2e}",
                 )
+    elif not rate_given:
+        LOG.info(f"No LR finder: the learning rate is {lr:.2e}, the default.")
     epochs = args.epochs
     if epochs is None and quiet:
         epochs = DEFAULT_EPOCHS
@@ -127,6 +130,7 @@ def run_lr_finder(recipe: Recipe, model: nn.Module, loader: DataLoader, files: R
     """Run the finder on the main process, say and draw what it found, and return the suggested rate."""
     found = None
     if distributed.is_main():
+        LOG.info("LR finder: 200 batches at rising learning rates, on a copy of the network")
         found = find_lr(
             model,
             recipe.build_criterion(),

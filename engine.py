@@ -6,7 +6,6 @@ because each read waits for the device. Means are over images, not over batches.
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import distributed
-from cli import progress_bar
+from cli import LOG, progress_bar
 from errors import RunError
 from utils import normalize
 
@@ -123,16 +122,10 @@ class TrainStep:
         Returns:
             The summed loss of the batch in nats and the number of hits, scalars on the device.
         """
-        batch = normalize(images)
-        with autocast(self.device, self.precision):
-            logits = self._forward(batch)
-        loss = self.criterion(logits.float(), labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss * self._share(len(labels))).backward()
+        loss, logits = self._gradients(normalize(images), labels)
         self.optimizer.step()
         self.scheduler.step()
-        hits = (logits.detach().argmax(1) == labels).sum()
-        return loss.detach() * len(labels), hits
+        return loss * len(labels), (logits.argmax(1) == labels).sum()
 
     def _share(self, images: int) -> torch.Tensor | float:
         """What this process's mean loss counts in the mean over processes: 1, but for uneven last batches."""
@@ -141,20 +134,38 @@ class TrainStep:
         total = distributed.sum_over_ranks(torch.tensor(float(images), device=self.device))
         return images * distributed.world_size() / total
 
-    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+    def _gradients(self, batch: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leave the batch's gradients in the weights and return its mean loss and logits, detached.
+
+        The first compiled pass may fail, in backward too, which torch compiles only when it gets there; the
+        batch is then done again eagerly, from the BatchNorm statistics before it.
+        """
         if self.compiled is None or self.compiled_size not in (None, len(batch)):
-            return self.model(batch)
+            return self._pass(self.model, batch, labels)
         if self.compiled_size is not None:
-            return self.compiled(batch)
+            return self._pass(self.compiled, batch, labels)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
         try:
-            logits = self.compiled(batch)
+            result = self._pass(self.compiled, batch, labels)
         except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            warnings.warn(f"torch.compile failed, training eagerly: {reason}", stacklevel=2)
+            LOG.warning(f"torch.compile failed, training eagerly: {reason}")
             self.compiled = None
-            return self.model(batch)
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            return self._pass(self.model, batch, labels)
         self.compiled_size = len(batch)
-        return logits
+        return result
+
+    def _pass(
+        self, network: Callable[..., torch.Tensor], batch: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast(self.device, self.precision):
+            logits = network(batch)
+        loss = self.criterion(logits.float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss * self._share(len(labels))).backward()
+        return loss.detach(), logits.detach()
 
 
 def compiled(model: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:

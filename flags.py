@@ -216,6 +216,11 @@ def _add_run_flags(parser: Parser) -> None:
         help="go on from this checkpoint, or from the last one of NAME; the recipe comes from the file",
     )
     run.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write curves, gradients, images and the graph to NAME_tensorboard/",
+    )
+    run.add_argument(
         "--checkpoint-every",
         type=number(0.01, 10_000),
         default=10.0,
@@ -254,6 +259,8 @@ def recipe_from(args: argparse.Namespace, precision: str) -> Recipe:
     Raises:
         UsageError: two values contradict each other, or one is out of its range.
     """
+    if args.lr is not None and args.max_lr is not None:
+        raise UsageError("--lr and --max-lr both set the peak of onecycle: pass one of them")
     return Recipe(**(_given(args) | {"precision": precision}))
 
 

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from model import build_model, count_parameters
 from recipe import Recipe
 from run import Interrupted, Run
 from run_files import RunFiles
+from tensorboard_log import TensorBoard
 from utils import choose_workers, make_test_batches, make_train_loader
 
 
@@ -92,16 +94,20 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
         val_batches = (
             make_test_batches(own_share(val_split), recipe.test_batch_size, device) if val_split else []
         )
-        train_epochs(run, loader, val_batches or test_batches)
+        board = start_board(args, run, loader)
+        train_epochs(run, loader, val_batches or test_batches, after_epoch=board)
         finish(run, test_batches)
     return 0
 
 
-def train_epochs(run: Run, loader: DataLoader, chosen_on: list[tuple]) -> None:
+def train_epochs(
+    run: Run, loader: DataLoader, chosen_on: list[tuple], after_epoch: Callable[[], None]
+) -> None:
     """Train and test, epoch by epoch, from where `run` stands to the recipe's last epoch.
 
     Args:
         chosen_on: the batches of the split that the best epoch is chosen on.
+        after_epoch: called after each epoch.
     """
     recipe, sampler = run.recipe, loader.batch_sampler
     run.interrupts.busy = True  # from here on there is a state to save
@@ -121,7 +127,17 @@ def train_epochs(run: Run, loader: DataLoader, chosen_on: list[tuple]) -> None:
             run.model, chosen_on, precision=recipe.precision, after_batch=run.after_test_batch
         )
         run.finish_epoch(train_metrics, test_metrics)
+        after_epoch()
     run.interrupts.busy = False
+
+
+def start_board(args: argparse.Namespace, run: Run, loader: DataLoader) -> Callable[[], None]:
+    """What writes the last epoch to TensorBoard; without --tensorboard it does nothing."""
+    if not args.tensorboard or not distributed.is_main():
+        return lambda: None
+    board = TensorBoard(run.files.path("_tensorboard"), first_epoch=run.epoch)
+    board.show_start(run.model, loader, run.epoch)
+    return lambda: board.add_epoch(run.history[-1], run.model)
 
 
 def finish(run: Run, test_batches: list[tuple]) -> None:
@@ -256,7 +272,8 @@ def start_run(
             "superclass_of": data.superclass_of.tolist(),
         },
     )
-    LOG.info(f"Training: {recipe.epochs} epochs, {recipe.schedule_note}")
+    plural = "" if recipe.epochs == 1 else "s"
+    LOG.info(f"Training: {recipe.epochs} epoch{plural}, {recipe.schedule_note}")
     if state is not None:
         run.restore(state, source)
         LOG.info(f"Resumed {source}: epoch {run.epoch}, batch {run.batches_done} of {batches_per_epoch}")

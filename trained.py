@@ -67,7 +67,8 @@ def find_weights(output_dir: str | Path = "output") -> Path:
             recipe, accuracy = state["recipe"], float(state["accuracy_percent"])
         except (RunError, KeyError, TypeError, ValueError):
             continue  # a damaged or foreign file is not the best
-        if isinstance(recipe, dict) and recipe.get("dataset") == "cifar100":
+        whole = {"dataset": "cifar100", "limit_train": None, "limit_test": None}
+        if isinstance(recipe, dict) and all(recipe.get(key) == value for key, value in whole.items()):
             found.append((accuracy, path))
     if found:
         return max(found)[1]

@@ -258,7 +258,7 @@ def find_lr(
     loader.batch_sampler.set_epoch(0)
     with _kept_random_state(), contextlib.ExitStack() as quiet:
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))  # its remarks; ours say more
-        if not sys.stderr.isatty():
+        if sys.stderr is None or not sys.stderr.isatty():
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))  # its progress bar
         finder = LRFinder(wrapped, build_optimizer(wrapped), criterion, device=device)
         finder.range_test(

@@ -14,7 +14,7 @@ MODULES = sorted(path.stem for path in REPOSITORY.glob("*.py"))
 RANKS = (
     {"errors"},
     {"archive", "cores", "distributed", "fast_transforms", "files", "model", "synthetic"}
-    | {"html_page", "image_files", "lr_suggestion", "metrics"},
+    | {"html_page", "image_files", "tensorboard_log", "lr_suggestion", "metrics"},
     {"augment", "checkpoint", "cli", "device", "download", "figures", "recipe"},
     {"analysis", "dataset", "run_files", "flags", "plots", "report_plots"},
     {"exporting", "report", "trained", "utils"},

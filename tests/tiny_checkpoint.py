@@ -17,8 +17,8 @@ def save_tiny_checkpoint(path: Path, *, model: str = "resnet20", dataset: str = 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build_model(model)
-        # true BatchNorm statistics, else deep networks give logits of 20,000; a sharper last layer, else every
-        # image gives the same class
+        # true BatchNorm statistics, else deep networks give logits of 20,000; a sharper last layer, else
+        # every image gives the same class
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
