@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,8 @@ LOG = logging.getLogger("cifar100")
 # answers are taken.
 MAX_ANSWER = 4096
 MAX_ATTEMPTS = 100
+# How long other processes than the main one wait before they print an error.
+HOLD_BACK_S = 2.0
 
 
 def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> T:
@@ -165,6 +168,8 @@ class Interrupts:
         self.signal_number = number
         if not self.busy:
             raise KeyboardInterrupt
+        if not distributed.is_main():
+            return
         # `2>&1 | tee` dies of the same Ctrl-C: a broken pipe must not keep the state from being saved
         with contextlib.suppress(OSError):
             os.write(2, b"\nInterrupted: saving after this batch (once more to quit at once).\n")
@@ -192,8 +197,16 @@ def run_main(main: Callable[[], int], program: str) -> int:
     try:
         return main()
     except (RunError, UsageError) as error:
+        if not distributed.is_main():
+            # most often the main process met the same error: torchrun then ends this one before it repeats it
+            time.sleep(HOLD_BACK_S)
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except RuntimeError as error:
+        if not distributed.lost_another(error):
+            raise
+        print(f"{program}: error: another process of this run ended; see its message", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
         return 130

@@ -108,9 +108,7 @@ def answer_questions(
     lr = DEFAULT_LR if args.lr is None else args.lr
     wanted = args.lr_finder
     if wanted is None:
-        wanted = not rate_given and (
-            quiet or ask_yes_no("Do you want to run LR Finder? (y/n, default: y): ")
-        )
+        wanted = not rate_given and (quiet or ask_yes_no("Do you want to run LR Finder? (y/n, default: y): "))
     if wanted:
         suggested = run_lr_finder(recipe, model, loader, files)
         if not rate_given:

@@ -6,16 +6,21 @@ without asking how many processes there are (the way of facebookresearch/pycls).
 
 import contextlib
 import datetime
+import functools
 import os
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import sync_bn as cpu_sync_bn
 from errors import UsageError
 
 # A rank that waits for a dead one gives up after this long, so that no process stays behind.
 TIMEOUT = datetime.timedelta(minutes=10)
+# What the main process alone does while the others wait may take longer: a download, the LR finder, a
+# person who is asked something.
+WAIT_FOR_MAIN = datetime.timedelta(days=1)
 
 
 def rank() -> int:
@@ -57,13 +62,31 @@ def start(device: torch.device) -> None:
         raise UsageError(f"several processes train on cpu or cuda, not on {device.type}: pass --device cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
+    _waiting_group()
+
+
+@functools.cache
+def _waiting_group() -> "dist.ProcessGroup":
+    """The same processes in a group for `from_main`, which waits longer and uses no GPU."""
+    return dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
 
 
 def stop() -> None:
     """Leave the process group; safe to call at any time."""
     if dist.is_available() and dist.is_initialized():
+        _waiting_group.cache_clear()
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether `error` says that another process of the run is gone, or waits for what will not come."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return (
+        world_size() > 1
+        and isinstance(error, RuntimeError)
+        and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+    )
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -79,7 +102,7 @@ def from_main(value: object) -> object:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_waiting_group())
     return box[0]
 
 
@@ -98,6 +121,24 @@ def wrap(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> nn
     if world_size() == 1:
         return model
     if sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        on_cuda = device.type == "cuda"  # torch's own refuses tensors on a CPU
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm if on_cuda else cpu_sync_bn.convert
+        model = convert(model)
     device_ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the main one's buffers: without --sync-bn, each has BatchNorm statistics of its own.
+
+    DistributedDataParallel does so before each training pass only; testing after the last one would else be
+    of networks that differ between ranks, and from the one in the checkpoint.
+    """
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if world_size() == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.broadcast(flat, src=0)
+    for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(values.view_as(buffer))

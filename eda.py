@@ -203,10 +203,7 @@ def agreement_by_band(
 
 
 def spread_over(similarity: np.ndarray, low: float, high: float, count: int) -> np.ndarray:
-    """At most `count` pairs with low <= similarity < high, evenly spread over their order by similarity: int64.
-
-    The most similar comes first.
-    """
+    """At most `count` pairs with low <= similarity < high, evenly spread over their order, most similar first."""
     order = np.argsort(-similarity, kind="stable")
     inside = order[(similarity[order] >= low) & (similarity[order] < high)]
     if len(inside) <= count:
@@ -297,6 +294,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     """A Markdown table; columns whose cells are all numbers, or text of one, are aligned right."""
 
     def is_number(cell: object) -> bool:
+        if cell == "":
+            return True
         try:
             float(str(cell).replace(",", "").removesuffix(" %"))
         except ValueError:

@@ -85,7 +85,7 @@ def tile_figure(
             write([name.replace("_", " ")], x, y, 20, ha="left", fontsize=9, fontweight="bold")
         y += group_px
         if rows:
-            lines = textwrap.wrap(rows[row], 17)
+            lines = _wrapped(rows[row], 18)
             start = y + (tall - LINE_PX * len(lines)) / 2
             write(lines, MARGIN_PX, start, ha="left", fontsize=7.5, fontweight="bold")
         for column in range(across):
@@ -120,7 +120,7 @@ def histogram_figure(histogram: np.ndarray, mean: np.ndarray, title: str) -> Fig
     panels = figure.subplots(1, 3, sharey=True)
     channels = zip(panels, ("red", "green", "blue"), (VERMILLION, GREEN, BLUE), strict=True)
     for channel, (axes, name, color) in enumerate(channels):
-        axes.bar(np.arange(256), percent[channel], width=1, color=color)
+        axes.stairs(percent[channel], np.arange(257) - 0.5, fill=True, color=color)
         level = 255 * mean[channel]
         axes.axvline(level, color=BLACK, linestyle="--", label=f"mean {level:.1f}")
         axes.set(title=name, xlabel="level (0-255)", xlim=(-3, 258), xticks=[0, 64, 128, 192, 255])

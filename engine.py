@@ -220,6 +220,7 @@ def train_one_epoch(
                 check_finite(sums, f"{title} at learning rate {learning_rate:.3g}")  # the sync point
                 _show(bar, sums, number, learning_rate)
             after_batch(number)
+    distributed.share_buffers(step.model)
     return sums.metrics_over_ranks()
 
 

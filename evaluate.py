@@ -28,7 +28,7 @@ from device import choose_device, set_up_torch
 from engine import Metrics
 from errors import RunError
 from files import atomic_write_text
-from flags import DEFAULT_NAME, Parser, add_data_folder, plain_name
+from flags import DEFAULT_NAME, Parser, add_data_folder, add_processor, add_weights, plain_name
 from inference import VIEWS, averaged_log_probabilities, timed_logits
 from metrics import Scores, confusion_matrix, per_class, score
 from model import count_parameters
@@ -46,12 +46,7 @@ UNITS |= {"ece": "fraction, 15 bins", "images_per_s": "without loading"}
 def build_parser() -> Parser:
     """The parser of evaluate.py."""
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint of train.py (default: the best run in the output folder, else the carried weights)",
-    )
+    add_weights(parser, "folder for pictures and NAME_report.html")
     images = parser.add_argument_group("test images")
     add_data_folder(images)
     which = images.add_mutually_exclusive_group()
@@ -69,13 +64,7 @@ def build_parser() -> Parser:
         help=f"also average the probabilities over {len(VIEWS)} views of each image: shifted by a pixel in "
         f"four directions or not, mirrored or not ({len(VIEWS)} times the work)",
     )
-    how.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="where to compute (default: auto: CUDA, else MPS, else CPU)",
-    )
-    how.add_argument("--precision", choices=("fp32", "bf16"), help="(default: as the run was tested)")
+    add_processor(how)
     how.add_argument(
         "--batch-size",
         type=whole_number(1),
@@ -83,13 +72,6 @@ def build_parser() -> Parser:
         help="images a step (default: as the run was tested)",
     )
     results = parser.add_argument_group("results")
-    results.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("output"),
-        metavar="DIR",
-        help="folder for pictures and NAME_report.html (default: output)",
-    )
     results.add_argument(
         "--name", type=plain_name, help="beginning of the files' names (default: the run's name)"
     )

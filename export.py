@@ -41,7 +41,7 @@ from exporting import (
     to_torchscript,
 )
 from files import atomic_write
-from flags import Parser
+from flags import Parser, add_weights
 from trained import Trained, find_weights, load_trained
 from utils import normalize
 
@@ -74,19 +74,7 @@ def build_parser() -> Parser:
         "RGB pixels [N, 32, 32, 3] and probabilities. N is free. The class names are in the metadata.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint of train.py (default: the best run in the output folder, else the carried weights)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("output"),
-        metavar="DIR",
-        help="folder of the runs, and for the file where --output is not given (default: output)",
-    )
+    add_weights(parser, "folder of the runs, and for the file where --output is not given")
     parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="(default: onnx)")
     parser.add_argument(
         "--with-preprocessing",

@@ -101,16 +101,38 @@ class RunLock:
         mine = _this_process()
         for _ in range(3):
             try:
-                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+                self._create(mine)
             except FileExistsError:
                 self._remove_if_stale()
                 continue
             except OSError as error:
                 raise RunError(f"cannot write {self.path}: {error.strerror or error}") from None
-            with os.fdopen(descriptor, "w") as file:
-                file.write(mine)
             return self
         raise RunError(f"cannot take {self.path}: other processes keep taking it; pass another --name")
+
+    def _create(self, content: str) -> None:
+        """Create the lock with its content at once: a process killed in between leaves none half written.
+
+        Raises:
+            OSError: FileExistsError where there is a lock, others where none can be written.
+        """
+        descriptor, temporary = tempfile.mkstemp(
+            dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp"
+        )
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(content)
+            os.chmod(temporary, 0o666 & ~_umask())
+            try:
+                os.link(temporary, self.path)
+            except FileExistsError:
+                raise
+            except (OSError, AttributeError):  # a file system without hard links
+                with open(self.path, "x") as file:
+                    file.write(content)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
     def __exit__(self, *details: object) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -11,9 +11,11 @@ from augment import AUGMENTATIONS
 from cli import number, printable, whole_number
 from errors import UsageError
 from model import MODELS
-from recipe import MAX_EPOCHS, SCHEDULERS, Recipe
+from recipe import MAX_EPOCHS, PRECISIONS, SCHEDULERS, Recipe
 
 DEFAULT_NAME = "CNN_Model"
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICE_HELP = "where to compute (default: auto: CUDA, else MPS, else CPU)"
 RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
@@ -68,7 +70,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_data_folder(group: argparse._ArgumentGroup) -> None:
+def add_data_folder(group: argparse._ActionsContainer) -> None:
     """Add --data-dir and --data-url, as every script has them that reads the data set."""
     group.add_argument(
         "--data-dir",
@@ -83,6 +85,29 @@ def add_data_folder(group: argparse._ArgumentGroup) -> None:
         metavar="URL",
         help="try this address or local archive first (default: $CIFAR100_URL)",
     )
+
+
+def add_weights(group: argparse._ActionsContainer, folder_help: str) -> None:
+    """Add --weights and --output-dir, as every script has them that uses a trained network."""
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint of train.py (default: the best run in the output folder, else the carried weights)",
+    )
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("output"),
+        metavar="DIR",
+        help=f"{folder_help} (default: output)",
+    )
+
+
+def add_processor(group: argparse._ActionsContainer) -> None:
+    """Add --device and --precision, as the scripts have them that compute with a trained network."""
+    group.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
+    group.add_argument("--precision", choices=PRECISIONS, help="(default: as the run was tested)")
 
 
 def _add_data_flags(parser: Parser) -> None:
@@ -154,7 +179,7 @@ def _add_recipe_flags(parser: Parser) -> None:
     recipe.add_argument(
         "--scheduler",
         choices=SCHEDULERS,
-        help="learning-rate schedule: drops at milestones, or one cycle (default: multistep)",
+        help="learning-rate schedule: drops at milestones, one cycle, or a cosine (default: multistep)",
     )
     recipe.add_argument(
         "--milestones",
@@ -227,15 +252,10 @@ def _add_run_flags(parser: Parser) -> None:
         metavar="MINUTES",
         help="checkpoint within an epoch too, this often (default: 10)",
     )
-    run.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="where to train (default: auto: CUDA, else MPS, else CPU)",
-    )
+    run.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     run.add_argument(
         "--precision",
-        choices=("auto", "fp32", "bf16"),
+        choices=("auto", *PRECISIONS),
         help="auto takes bf16 where the processor has it natively (default: auto)",
     )
     run.add_argument(
@@ -288,6 +308,5 @@ def _shown(value: object) -> str:
 def _given(args: argparse.Namespace) -> dict[str, object]:
     """The recipe flags that were given, by field name."""
     values = {name: getattr(args, name, None) for name in RECIPE_FIELDS}
-    if values["milestones"] is not None:
-        values["milestones"] = tuple(values["milestones"])
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return {name: value for name, value in values.items() if value is not None}

@@ -30,7 +30,7 @@ from cores import usable_cores
 from device import choose_device, set_up_torch
 from engine import autocast
 from errors import RunError, UsageError
-from flags import Parser
+from flags import Parser, add_processor, add_weights
 from image_files import Found, Picture, find_images, lines_of, read_image
 from report_plots import plot_prediction
 from trained import Trained, find_weights, load_trained
@@ -69,19 +69,7 @@ def build_parser() -> Parser:
         help="an image file; a folder, with all below it; a quoted pattern ('photos/**/*.jpg'); - for "
         "paths on standard input, one a line",
     )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint of train.py (default: the best run in the output folder, else the carried weights)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("output"),
-        metavar="DIR",
-        help="folder of the runs, where --weights is not given (default: output)",
-    )
+    add_weights(parser, "folder of the runs, where --weights is not given")
     parser.add_argument(
         "--topk", type=whole_number(1), default=5, metavar="K", help="classes an image (default: 5)"
     )
@@ -98,17 +86,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="images held and classified at a time (default: 128)",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="where to compute (default: auto: CUDA, else MPS, else CPU)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        help="(default: as the run was tested)",
-    )
+    add_processor(parser)
     return parser
 
 

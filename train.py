@@ -63,8 +63,9 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
     if state is not None and is_finished(state, source, recipe.epochs):
         return 0
     folder = args.output_dir or (source.parent if source else Path("output"))
-    RunFiles(folder, args.name or DEFAULT_NAME).prepare()
     distributed.start(device)
+    if distributed.is_main():
+        RunFiles(folder, args.name or DEFAULT_NAME).prepare()
     set_up_torch(recipe.seed, device, deterministic=args.deterministic)
 
     data, recipe = load_data(args, recipe)
@@ -72,8 +73,10 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
     files = choose_files(args, recipe, folder, state, source)
     with RunLock(files.path(".lock")) if distributed.is_main() else contextlib.nullcontext():
         if distributed.is_main():
-            remove_leftovers(files.folder, f"{files.name}_")
-            files.put_damaged_aside()
+            for part in ("_", ".lock."):
+                remove_leftovers(files.folder, files.name + part)
+            if state is not None:
+                files.put_damaged_aside()
         start_log(files.path("_log.txt"))
         model = build_model(recipe.model, num_classes=len(data.classes))
         model = model.to(device, memory_format=torch.channels_last)

@@ -5,11 +5,16 @@ import io
 import os
 import pickle
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from driver import Driver
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -21,6 +26,18 @@ def real_data_dir() -> Path:
         if folder and (Path(folder) / "cifar-100-python" / "train").is_file():
             return Path(folder)
     pytest.skip("the real CIFAR-100 is neither in $CIFAR_DATA nor in data/")
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Driver"]:
+    """Runs train.py on a small data set, as often as you like, at the price of one import."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    from driver import Driver
+
+    made = Driver(tmp_path_factory.mktemp("driver"))
+    yield made
+    made.close()
 
 
 @dataclass(frozen=True)
@@ -66,20 +83,22 @@ def tiny_split(per_class: int, seed: int) -> dict:
     }
 
 
+def tiny_contents() -> dict[str, dict]:
+    """What the three files of a look-alike with 200 training and 100 test images unpickle to."""
+    return {
+        "train": tiny_split(2, seed=1),
+        "test": tiny_split(1, seed=2),
+        "meta": {
+            "fine_label_names": [f"class{label}" for label in range(100)],
+            "coarse_label_names": [f"group{group}" for group in range(20)],
+        },
+    }
+
+
 @pytest.fixture
 def tiny_cifar(monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
     """A look-alike archive whose sums `dataset` and torchvision take for the official ones."""
-    return install_tiny_cifar(
-        monkeypatch,
-        {
-            "train": tiny_split(2, seed=1),
-            "test": tiny_split(1, seed=2),
-            "meta": {
-                "fine_label_names": [f"class{label}" for label in range(100)],
-                "coarse_label_names": [f"group{group}" for group in range(20)],
-            },
-        },
-    )
+    return install_tiny_cifar(monkeypatch, tiny_contents())
 
 
 def install_tiny_cifar(monkeypatch: pytest.MonkeyPatch, contents: dict[str, dict]) -> TinyCifar:

@@ -309,37 +309,28 @@ RACE = """
 import os, sys, time
 from errors import RunError
 from files import RunLock
-lock, log = sys.argv[1:]
-for number in range(25):
-    while time.time() < float(os.environ["BEGIN"]) + number * 0.08:
-        pass
-    if os.environ["LEADER"]:
-        with open(lock + ".new", "w") as file:
-            file.write(f"999999999 {os.uname().nodename} 5\\n")
-        os.replace(lock + ".new", lock)
-    time.sleep(max(0, float(os.environ["BEGIN"]) + number * 0.08 + 0.02 - time.time()))
+lock, holder = sys.argv[1:]
+for line in sys.stdin:
     try:
         with RunLock(lock):
-            descriptor = os.open(f"{log}.{number}", os.O_CREAT | os.O_EXCL)  # raises for a second holder
-            os.close(descriptor)
-            time.sleep(0.02)
-            os.unlink(f"{log}.{number}")
+            os.close(os.open(holder, os.O_CREAT | os.O_EXCL))  # raises for a second holder
+            time.sleep(0.002)
+            os.unlink(holder)
     except RunError:
         pass
+    print("done", flush=True)
 """
 
 
 @POSIX_ONLY
 def test_of_several_that_find_a_stale_lock_one_takes_it(tmp_path: Path) -> None:
-    begin = str(time.time() + 1.5)
-    racers = [
-        python(
-            RACE,
-            tmp_path / "lock",
-            tmp_path / "log",
-            env=os.environ | {"BEGIN": begin, "LEADER": leader},
-        )
-        for leader in ("yes", "", "", "")
-    ]
-    errors = [racer.communicate(timeout=60)[1] for racer in racers]
-    assert errors == [""] * len(racers)
+    lock = tmp_path / "lock"
+    racers = [python(RACE, lock, tmp_path / "holder", stdin=subprocess.PIPE) for _ in range(4)]
+    for _ in range(40):
+        lock.write_text(f"999999999 {HOST} 5\n")
+        for racer in racers:  # none holds it now: all have answered
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        assert [racer.stdout.readline() for racer in racers] == ["done\n"] * len(racers)
+        assert entries(tmp_path) == []
+    assert [racer.communicate(timeout=60)[1] for racer in racers] == [""] * len(racers)

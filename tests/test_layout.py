@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in REPOSITORY.glob("*.py"))
 # A file imports files of lower rank only. A new file needs its place here.
 RANKS = (
-    {"errors"},
+    {"errors", "sync_bn"},
     {"archive", "cores", "distributed", "fast_transforms", "files", "model", "synthetic"}
     | {"html_page", "image_files", "tensorboard_log", "lr_suggestion", "metrics"},
     {"augment", "checkpoint", "cli", "device", "download", "figures", "recipe"},

@@ -1,0 +1,448 @@
+"""Runs train.py many times at the price of one import: a process that imports it and forks a child a run.
+
+The tests start it as a script of its own, `python tests/driver.py FOLDER`: it must never have computed
+anything with torch before it forks, since a child cannot use its parent's threads. A child differs from
+`python train.py ...` in four ways: it reads a CIFAR-100 of 200 random training and 100 test images, knows a
+smaller network (resnet8), its plots are a few bytes instead of half a second of drawing, and it may carry
+faults (the functions of FAULTS).
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+import torch  # noqa: E402
+
+from checkpoint import load_checkpoint  # noqa: E402
+
+STILL_RUNNING = -1000
+NOBODY = 65534  # a user who may write nothing here
+# A quick run: 5 batches an epoch, and a network whose branches drop out, so that training draws from torch's
+# global random state and a resumed run must get that back too.
+QUICK = ["--yes", "--model", "resnet8", "--lr", "0.05", "--epochs", "3", "--limit-train", "100"]
+QUICK += ["--batch-size", "20", "--precision", "fp32", "--workers", "0"]
+
+
+class Driver:
+    """The forking process, from outside. `data` is the folder of the small data set."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+        )
+
+    def close(self) -> None:
+        """End it, and with it every child that still runs."""
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+    def start(self, flags: list[Any], output: Path, *faults: list[Any]) -> "Child":
+        """Run `train.py FLAGS --data-dir DATA`, standard output and error in the file `output`."""
+        flags = [*map(str, flags), "--data-dir", str(self.data)]
+        pid = self._ask({"start": flags, "output": str(output), "faults": faults})
+        return Child(self, pid, output)
+
+    def run(self, flags: list[Any], output: Path, *faults: list[Any]) -> tuple[int, str]:
+        """`start`, then wait: the exit code (minus the signal for a killed one) and what was printed."""
+        child = self.start(flags, output, *faults)
+        return child.wait(), child.output
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+class Child:
+    """One run of train.py."""
+
+    def __init__(self, driver: Driver, pid: int, output: Path) -> None:
+        self.driver, self.pid, self._output = driver, pid, output
+        self._printed_before = len(self.output) if output.exists() else 0
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self._output.read_text()
+
+    def wait(self, timeout_s: float = 120) -> int:
+        """Its exit code, minus the signal's number for a killed one; STILL_RUNNING after the timeout."""
+        return self.driver._ask({"wait": self.pid, "timeout_s": timeout_s})
+
+    def wait_for(self, text: str, timeout_s: float = 120) -> None:
+        """Wait until it has printed `text`."""
+        end = time.monotonic() + timeout_s
+        while text not in self.output:
+            assert time.monotonic() < end, f"{text!r} did not come: {self.output}"
+            time.sleep(0.005)
+
+    def wait_for_growth(self) -> None:
+        """Wait until it has printed anything new, which is after the imports that the driver spares it."""
+        while not self.ended() and len(self.output) == self._printed_before:
+            time.sleep(0.002)
+
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self.wait(0) != STILL_RUNNING
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        """Send it a signal, and wait for its end."""
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and was waited for
+            os.kill(self.pid, number)
+        return self.wait()
+
+
+def processes_of_group(group: int) -> list[int]:
+    """The live processes of a process group: a child leads its own, its loader's workers are in it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] not in "ZX":
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until_gone(group: int, timeout_s: float = 30) -> list[int]:
+    """The processes of the group that still live after that long; empty as soon as there are none."""
+    end = time.monotonic() + timeout_s
+    while (left := processes_of_group(group)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left
+
+
+def digests(folder: Path, name: str = "CNN_Model") -> dict[str, str]:
+    """What a finished run left, to be compared bit by bit: the table's bytes, and of each checkpoint the
+    weights and all the rest but the time it took, random states included."""
+    table = (folder / f"{name}_history.csv").read_bytes()
+    found = {"history": hashlib.sha256(table).hexdigest()}
+    for kind in ("last", "best", "training_results"):
+        state = load_checkpoint(folder / f"{name}_{kind}.pth")
+        state.pop("elapsed_s", None)
+        found |= {f"{kind} {key}": _digest(value) for key, value in state.items()}
+    return found
+
+
+def _digest(value: Any) -> str:
+    """A digest of nested plain values and tensors; floats by repr, which tells all of them apart."""
+    if isinstance(value, torch.Tensor):
+        parts = [str(value.dtype), str(tuple(value.shape)), value.contiguous().numpy().tobytes().hex()]
+    elif isinstance(value, dict):
+        parts = [part for key, entry in value.items() for part in (repr(key), _digest(entry))]
+    elif isinstance(value, list | tuple):
+        parts = [_digest(entry) for entry in value]
+    else:
+        parts = [repr(value)]
+    return hashlib.sha256("|".join([type(value).__name__, *parts]).encode()).hexdigest()
+
+
+# ---- the faults, set in the child before it trains ----
+
+
+def die_at_step(number: int) -> None:
+    """Kill the process before its `number`-th step of writing files, counted from 1.
+
+    A step is a call of mkstemp, write, fsync, chmod, rename, link or unlink; where it is a write, half of
+    it is on disk by then.
+    """
+    steps = 0
+
+    def die_if_due(last_act: Callable[[], None] = lambda: None) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == number:
+            last_act()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function: Callable) -> Callable:
+        def call(*args: Any, **options: Any) -> Any:
+            die_if_due()
+            return function(*args, **options)
+
+        return call
+
+    def opened(*args: Any, **options: Any) -> Any:
+        file = fdopen(*args, **options)
+        write = file.write
+
+        def write_half(content: Any) -> Any:
+            def half() -> None:
+                write(content[: len(content) // 2])
+                file.flush()
+
+            die_if_due(half)
+            return write(content)
+
+        return _Proxy(file, write_half)
+
+    fdopen, os.fdopen = os.fdopen, opened
+    tempfile.mkstemp = counted(tempfile.mkstemp)
+    for name in ("fsync", "chmod", "replace", "link", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+class _Proxy:
+    """A file with another `write`."""
+
+    def __init__(self, file: Any, write: Callable) -> None:
+        self._file, self.write = file, write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "_Proxy":
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._file.close()
+
+
+def limit_file_size(size: int) -> None:
+    """No file may grow past `size` bytes, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def limit_file_size_from_epoch(epoch: int, size: int) -> None:
+    """As `limit_file_size`, from the beginning of that epoch on."""
+    import run
+
+    begin = run.Run.begin_epoch
+
+    def begin_epoch(self: Any) -> None:
+        if self.epoch == epoch:
+            limit_file_size(size)
+        begin(self)
+
+    run.Run.begin_epoch = begin_epoch
+
+
+def be_nobody() -> None:
+    """Run as a user without rights, where the tests run as root."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+
+def spoil_loss(value: str, epoch: int, batch: int) -> None:
+    """Let the loss of one batch be `value`, nan or inf."""
+    import run
+
+    after = run.Run.after_train_batch
+
+    def after_train_batch(self: Any, number: int) -> None:
+        after(self, number)
+        if (self.epoch, number) == (epoch, batch - 1):
+            import torch
+
+            with torch.no_grad():  # the next batch's loss comes out so
+                self.model.fc.bias[:] = float(value)
+
+    run.Run.after_train_batch = after_train_batch
+
+
+def spoil_running_variance(epoch: int, batch: int) -> None:
+    """Make a BatchNorm statistic infinite: training goes on with finite losses, testing does not."""
+    import run
+
+    after = run.Run.after_train_batch
+
+    def after_train_batch(self: Any, number: int) -> None:
+        if (self.epoch, number) == (epoch, batch):
+            next(b for name, b in self.model.named_buffers() if "running_var" in name).fill_(float("inf"))
+        after(self, number)
+
+    run.Run.after_train_batch = after_train_batch
+
+
+def slow_batches(seconds: float) -> None:
+    """Wait after each batch, so that what happens meanwhile meets training for certain."""
+    import run
+
+    after = run.Run.after_train_batch
+
+    def after_train_batch(self: Any, number: int) -> None:
+        time.sleep(seconds)
+        after(self, number)
+
+    run.Run.after_train_batch = after_train_batch
+
+
+def signal_in(method: str, epoch: int, call: int, number: int) -> None:
+    """Send the process a signal when that method of Run is entered in that epoch for the `call`-th time."""
+    import run
+
+    function, calls = getattr(run.Run, method), 0
+
+    def signalled(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += self.epoch == epoch
+        if calls == call and self.epoch == epoch:
+            os.kill(os.getpid(), number)
+        return function(self, *args, **options)
+
+    setattr(run.Run, method, signalled)
+
+
+def silent_input() -> None:
+    """Standard input is a pipe that nothing comes through: a question waits."""
+    reading, _writing = os.pipe()
+    os.dup2(reading, 0)
+
+
+def print_memory() -> None:
+    """Print "RSS EPOCH KIB", the resident memory, at each epoch's end."""
+    import run
+
+    finish = run.Run.finish_epoch
+
+    def finish_epoch(self: Any, *metrics: Any) -> None:
+        finish(self, *metrics)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        print(f"RSS {self.epoch - 1} {pages * resource.getpagesize() // 1024}", flush=True)
+
+    run.Run.finish_epoch = finish_epoch
+
+
+def leak(mebibytes: int) -> None:
+    """Keep so much more memory after each epoch: for a test of the test."""
+    import run
+
+    kept: list[bytearray] = []
+    finish = run.Run.finish_epoch
+
+    def finish_epoch(self: Any, *metrics: Any) -> None:
+        kept.append(bytearray(os.urandom(1)) * (mebibytes << 20))
+        finish(self, *metrics)
+
+    run.Run.finish_epoch = finish_epoch
+
+
+def checkpoint_each_batch() -> None:
+    """Save after every batch: --checkpoint-every's least is longer than a batch."""
+    import run
+
+    after = run.Run.after_train_batch
+
+    def after_train_batch(self: Any, number: int) -> None:
+        self._saved_at = -1e9
+        after(self, number)
+
+    run.Run.after_train_batch = after_train_batch
+
+
+def real_plots() -> None:
+    """Draw after all. (Set by name alone; see `_child`.)"""
+
+
+FAULTS = {
+    function.__name__: function
+    for function in (
+        be_nobody,
+        checkpoint_each_batch,
+        die_at_step,
+        leak,
+        limit_file_size,
+        limit_file_size_from_epoch,
+        print_memory,
+        real_plots,
+        signal_in,
+        silent_input,
+        slow_batches,
+        spoil_loss,
+        spoil_running_variance,
+    )
+}
+
+
+# ---- the forking process itself ----
+
+
+def main(folder: Path) -> int:
+    """Answer requests, one JSON line each, until standard input ends."""
+    import pytest
+    from conftest import install_tiny_cifar, tiny_contents
+
+    import model
+    import train  # noqa: F401  (imported once, for every child)
+
+    model.MODELS["resnet8"] = functools.partial(model.ResNet, model.BasicBlock, 1, drop_path=0.3)
+    monkeypatch = pytest.MonkeyPatch()
+    install_tiny_cifar(monkeypatch, tiny_contents()).lay(folder / "data")
+    ended: dict[int, int] = {}
+    children: set[int] = set()
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        if "start" in request:
+            pid = os.fork()
+            if pid == 0:
+                return _child(request)
+            children.add(pid)
+            answer: Any = pid
+        else:
+            answer = _wait(request["wait"], request["timeout_s"], ended)
+            children -= ended.keys()
+        print(json.dumps(answer), flush=True)
+    for pid in children:
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    return 0
+
+
+def _wait(pid: int, timeout_s: float, ended: dict[int, int]) -> int:
+    end = time.monotonic() + timeout_s
+    while pid not in ended:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            ended[pid] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() > end:
+            break
+        else:
+            select.select([], [], [], 0.005)
+    return ended.get(pid, STILL_RUNNING)
+
+
+def _child(request: dict[str, Any]) -> int:
+    """What `python train.py FLAGS` does, with the faults asked for."""
+    os.setpgid(0, 0)  # so that its workers can be told from others'
+    descriptor = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, null), (1, descriptor), (2, descriptor)):
+        os.dup2(source, target)
+    sys.argv = ["train.py", *request["start"]]
+    import run
+    import train
+    from cli import run_main
+    from files import atomic_write_text
+
+    faults = request["faults"]
+    if ["real_plots"] not in faults:
+        run.plot_history = lambda rows, path, **options: atomic_write_text(path, f"{len(rows)} epochs")
+    for name, *values in faults:
+        FAULTS[name](*values)
+    return run_main(train.main, "train.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
