@@ -11,6 +11,9 @@ import numpy as np
 # would crawl.
 LEAST_FALL = 0.02
 SANE_RATES = (0.01, 0.3)
+# Batch noise decides where in a flat valley the lowest point lies; so the valley counts as low as far as the
+# smoothed loss stays within this share of its fall, and the fallback starts from the valley's far end.
+VALLEY = 0.05
 DEFAULT_LR = 0.1
 
 
@@ -55,8 +58,8 @@ def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, 
     """The learning rate that a range test suggests, and the method that found it.
 
     Steepest descent of the smoothed loss over the logarithm of the rate; where that lies outside
-    SANE_RATES, the rate at the lowest loss / 10; where that does too, or the loss is not finite or never
-    fell by LEAST_FALL, DEFAULT_LR, with the reason as the method.
+    SANE_RATES, a tenth of the highest rate at which the loss is as good as lowest (VALLEY); where that does
+    too, or the loss is not finite or never fell by LEAST_FALL, DEFAULT_LR, with the reason as the method.
     """
     finite = np.isfinite(losses)
     count = len(losses) if finite.all() else int(np.argmin(finite))
@@ -71,7 +74,8 @@ def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, 
     steepest = float(rates[int(np.argmin(slope))])
     if low <= steepest <= high:
         return steepest, "steepest descent of the smoothed loss"
-    fallback = float(rates[lowest]) / 10
+    deep = curve[lowest] + VALLEY * (curve[0] - curve[lowest])
+    fallback = float(rates[int(np.flatnonzero(curve <= deep)[-1])]) / 10
     if low <= fallback <= high:
-        return fallback, "fallback: rate at the lowest loss / 10"
+        return fallback, "fallback: highest rate at the lowest loss / 10"
     return DEFAULT_LR, f"the default: {steepest:.1e} and {fallback:.1e} lie outside {low:g} to {high:g}"
