@@ -14,18 +14,26 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-import plain_recipe
+from benchmark_pairs import (
+    EPOCH_IMAGES,
+    SEED,
+    TRAIN_PER_TEST,
+    Setting,
+    Trainer,
+    epoch_pair,
+    evaluation_pair,
+    loader_pair,
+    step_pair,
+)
 from cli import progress_bar, run_main, whole_number
 from dataset import DatasetUnavailable, ImageData, Split, load_dataset
 from device import choose_compile, choose_device, native_bf16, set_up_torch
-from engine import Sums, TrainStep, evaluate, train_one_epoch
 from errors import RunError, UsageError
 from files import atomic_write_text
 from flags import Parser, add_data_folder
@@ -36,59 +44,14 @@ from measuring import (
     describe_machine,
     matrix_peak,
     measure,
-    repeated,
     step_bytes,
     summary,
 )
-from model import MODELS, build_model, count_macs
+from model import MODELS, count_macs
 from recipe import Recipe
-from utils import choose_workers, make_test_batches, make_train_loader, normalize
+from utils import choose_workers
 
-# An epoch of CIFAR-100 trains on 50,000 images and tests on 10,000; a measured one keeps the proportion.
-EPOCH_IMAGES, TRAIN_PER_TEST = 50_000, 5
-SEED = 0
 REFERENCE_EPOCHS = 100  # --compile auto decides as for a run of so many epochs
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured, and how long."""
-
-    recipe: Recipe
-    device: torch.device
-    compile: bool
-    workers: int
-    rounds: int
-    images: int  # of one measured epoch
-    step_images: int  # of one measurement of the training step, at least
-    peak_s: float  # seconds spent on each of the machine's peaks
-
-
-class Trainer:
-    """A network and its step, plain or the project's, that is trained on whatever it is given."""
-
-    def __init__(self, setting: Setting, plain: bool) -> None:
-        recipe, self.device = setting.recipe, setting.device
-        self.model: nn.Module = build_model(recipe.model).to(self.device)
-        if plain:
-            self.optimizer = torch.optim.SGD(
-                self.model.parameters(),
-                lr=recipe.lr,
-                momentum=recipe.momentum,
-                weight_decay=recipe.weight_decay,
-                nesterov=True,
-            )
-        else:
-            self.model = self.model.to(memory_format=torch.channels_last)
-            optimizer = recipe.build_optimizer(self.model)
-            self.step = TrainStep(
-                self.model,
-                recipe.build_criterion(),
-                optimizer,
-                recipe.build_scheduler(optimizer, EPOCH_IMAGES // recipe.batch_size + 1),
-                precision=recipe.precision,
-                compile_model=setting.compile,
-            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     setting = setting_of(args)
     if args.json and not args.json.absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}")
-    data, note = load_images(args.data_dir, setting.images)
+    data, note = load_images(args.data_dir, setting.images, setting.test_images)
     with torch.random.fork_rng(devices=[]):
         set_up_torch(SEED, setting.device, deterministic=False)
         result = run(setting, data, args.batch_sizes or [])
@@ -121,13 +84,23 @@ def build_parser() -> Parser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--model", metavar="NAME", choices=sorted(MODELS), default="resnet56", help="network")
     count("--batch-size", default=128, help="images a training step (default: 128)")
-    count("--batch-sizes", nargs="+", help="measure the training step at these sizes too, such as 32 128 4096")
+    count(
+        "--batch-sizes", nargs="+", help="measure the training step at these sizes too, such as 32 128 4096"
+    )
     count("--images", help="training images of one measured epoch (default: 1024, quick 512; CUDA 50000)")
     count("--rounds", help="measurements of each figure (default: 7, quick 3)")
-    parser.add_argument("--workers", type=whole_number(0, 256), metavar="N", help="loader processes (default: as train.py)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where (default: auto)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's (default: auto)")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as train.py's (default: auto)")
+    parser.add_argument(
+        "--workers", type=whole_number(0, 256), metavar="N", help="loader processes (default: as train.py)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where (default: auto)"
+    )
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's (default: auto)"
+    )
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto", help="as train.py's (default: auto)"
+    )
     add_data_folder(parser.add_argument_group("data"))
     return parser
 
@@ -144,7 +117,9 @@ def setting_of(args: argparse.Namespace) -> Setting:
         precision = "bf16" if native_bf16(device) else "fp32"
     images = args.images or (EPOCH_IMAGES if device.type == "cuda" else 512 if args.quick else 1024)
     if not args.batch_size <= images <= EPOCH_IMAGES:
-        raise UsageError(f"--images {images} is not from the batch size, {args.batch_size}, to {EPOCH_IMAGES}")
+        raise UsageError(
+            f"--images {images} is not from the batch size, {args.batch_size}, to {EPOCH_IMAGES}"
+        )
     recipe = Recipe(model=args.model, batch_size=args.batch_size, lr=0.01, precision=precision)
     use_compile, _ = choose_compile(args.compile, device, precision, REFERENCE_EPOCHS * EPOCH_IMAGES, None)
     return Setting(
@@ -159,9 +134,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
     )
 
 
-def load_images(data_dir: Path, count: int) -> tuple[tuple[Split, Split], str]:
-    """`count` training images and a fifth as many test images, and what they are. Fetches nothing."""
-    test_count = max(1, count // TRAIN_PER_TEST)
+def load_images(data_dir: Path, count: int, test_count: int) -> tuple[tuple[Split, Split], str]:
+    """So many training and test images, and what they are. Fetches nothing."""
     folder = data_dir / "cifar-100-python"
     data: ImageData | None = None
     if all((folder / name).is_file() for name in ("train", "test", "meta")):
@@ -184,8 +158,10 @@ def load_images(data_dir: Path, count: int) -> tuple[tuple[Split, Split], str]:
 def run(setting: Setting, data: tuple[Split, Split], batch_sizes: list[int]) -> dict:
     """Measure everything; the figures as the JSON has them."""
     trainers = Trainer(setting, plain=True), Trainer(setting, plain=False)
-    pairs = [*loader_pairs(setting, data[0]), step_pair(setting, trainers, data[0], setting.recipe.batch_size)]
-    pairs += [evaluation_pair(setting, trainers, data[1]), epoch_pair(setting, trainers, data)]
+    pairs = [loader_pair(setting, data[0], workers) for workers in sorted({0, setting.workers})]
+    pairs.append(step_pair(setting, trainers, data[0], setting.recipe.batch_size))
+    pairs.append(evaluation_pair(setting, trainers, data[1]))
+    pairs.append(epoch_pair(setting, trainers, data))
     steps = [step_pair(setting, trainers, data[0], size) for size in batch_sizes]
     total = 2 * len(pairs + steps) * (setting.rounds + 1) + 3
     with progress_bar(total=total, desc="benchmark", unit="run") as bar:
@@ -195,84 +171,125 @@ def run(setting: Setting, data: tuple[Split, Split], batch_sizes: list[int]) -> 
     return figures(setting, pairs, steps, trainers[1].model, machine)
 
 
-def loader_pairs(setting: Setting, split: Split) -> list[Pair]:
-    """Augmented training batches: in this process, and, where train.py would start workers, with them."""
-    pin = setting.device.type == "cuda"
-
-    def drain(loader: object) -> int:
-        return sum(len(labels) for _, labels in loader)
-
-    pairs = []
-    for workers in sorted({0, setting.workers}):
-        plain = plain_recipe.make_loader(
-            split, setting.recipe.batch_size, train=True, workers=workers, pin_memory=pin
-        )
-        own = make_train_loader(
-            split,
-            batch_size=setting.recipe.batch_size,
-            seed=SEED,
-            augment=setting.recipe.augment,
-            workers=workers,
-            pin_memory=pin,
-        )
-        pairs.append(Pair(f"loader {workers}", functools.partial(drain, plain), functools.partial(drain, own)))
-    return pairs
+def measure_peaks(setting: Setting, after_sample: Callable[[], object]) -> dict[str, float]:
+    """What the machine does at best, in the project's precision: matrices, convolutions, copies."""
+    dtype = torch.bfloat16 if setting.recipe.precision == "bf16" else torch.float32
+    peaks = {}
+    for name, work in (
+        ("matrix_gflop_per_s", lambda: matrix_peak(setting.device, dtype, setting.peak_s)),
+        ("convolution_gflop_per_s", lambda: convolution_peak(setting.device, dtype, setting.peak_s)),
+        ("copy_gbyte_per_s", lambda: copy_rate(setting.device, setting.peak_s)),
+    ):
+        peaks[name] = work() / 1e9
+        after_sample()
+    return peaks
 
 
-def step_pair(setting: Setting, trainers: tuple[Trainer, Trainer], split: Split, size: int) -> Pair:
-    """Training steps on one batch of `size` images that is on the device already."""
-    plain, own = trainers
-    if size != setting.recipe.batch_size and setting.compile:
-        own = Trainer(setting, plain=False)  # a step compiles for the first size that it sees
-    chosen = np.resize(np.arange(len(split.labels)), size)
-    images = torch.from_numpy(split.images[chosen]).to(setting.device)
-    labels = torch.from_numpy(split.labels[chosen]).to(setting.device)
-    batch = normalize(images).contiguous()
+def figures(setting: Setting, pairs: list[Pair], steps: list[Pair], model: nn.Module, machine: dict) -> dict:
+    """The measurements as the JSON has them: the project's figures and their ratio to the plain ones."""
+    own_cpu = setting.device.type == "cpu" and setting.workers == 0
+    first, step, evaluation, epoch = pairs[0], *pairs[-3:]
+    total = summary(pairs[-4].samples)
+    per_core = summary(first.samples, per_core=True)
+    loader = per_core | {key: value for key, value in total.items() if key not in per_core}
+    loader |= {"total_ratio": total["ratio"], "workers": setting.workers}
+    entry = summary(step.samples, own_cpu=setting.device.type == "cpu")
+    return {
+        "loader": loader,
+        "step": entry | achieved(entry, setting, model, machine),
+        "evaluation": summary(evaluation.samples, own_cpu=own_cpu),
+        "epoch": with_seconds(summary(epoch.samples, own_cpu=own_cpu), setting),
+        "batch_sizes": {pair.name.split()[1]: summary(pair.samples) for pair in steps},
+        "machine": machine,
+        "setting": {
+            "model": setting.recipe.model,
+            "batch_size": setting.recipe.batch_size,
+            "precision": setting.recipe.precision,
+            "compile": setting.compile,
+            "rounds": setting.rounds,
+            "epoch_train_images": setting.images,
+            "epoch_test_images": setting.test_images,
+        },
+    }
 
-    def plain_step() -> int:
-        plain.model.train()
-        plain_recipe.train_step(plain.model, plain.optimizer, batch, labels)
-        return size
 
-    def own_step() -> int:
-        own.model.train()
-        own.step(images, labels)
-        return size
+def achieved(entry: dict, setting: Setting, model: nn.Module, machine: dict) -> dict:
+    """FLOP/s and bytes/s of the training step against the machine's peaks.
 
-    times = max(1, setting.step_images // size)
-    return Pair(f"step {size}", repeated(plain_step, times), repeated(own_step, times))
+    A multiply-add is two FLOP; backward costs twice forward, so that an image costs 6 for each multiply-add.
+    """
+    rate = entry["images_per_s"]
+    flops = rate * 6 * count_macs(model) / 1e9
+    moved = rate * step_bytes(model, 2 if setting.recipe.precision == "bf16" else 4) / 1e9
+    return {
+        "gflop_per_s": flops,
+        "of_convolution_peak": flops / machine["convolution_gflop_per_s"],
+        "of_matrix_peak": flops / machine["matrix_gflop_per_s"],
+        "gbyte_per_s_estimated": moved,
+        "of_copy_rate": moved / machine["copy_gbyte_per_s"],
+    }
 
 
-def evaluation_pair(setting: Setting, trainers: tuple[Trainer, Trainer], split: Split) -> Pair:
-    """Testing once; the project's side has normalised the test images before, as train.py does once a run."""
-    plain, own = trainers
-    loader = plain_recipe.make_loader(
-        split, min(1000, len(split.labels)), train=False, workers=setting.workers
+def with_seconds(entry: dict, setting: Setting) -> dict:
+    """The epoch's entry with the seconds that EPOCH_IMAGES training images, and their tests, take."""
+    return entry | {
+        "seconds": EPOCH_IMAGES / entry["images_per_s"],
+        "plain_seconds": EPOCH_IMAGES / entry["plain_images_per_s"],
+    }
+
+
+def table(result: dict, setting: Setting) -> str:
+    """The figures as text: medians with least and most, and what the training step makes of the machine."""
+    machine, step, epoch = result["machine"], result["step"], result["epoch"]
+    recipe, mode = setting.recipe, "compiled" if setting.compile else "eager"
+    loader = result["loader"] | {"ratio": result["loader"]["total_ratio"]}
+    return "\n".join(
+        [
+            f"{recipe.model}, batch {recipe.batch_size}, {machine['data']}; "
+            f"plain: fp32, NCHW, eager; project: {recipe.precision}, channels_last, {mode}",
+            f"{machine['device']}, {machine['processor']}, {machine['cores']} cores, "
+            f"{machine['threads']} threads, torch {machine['torch']}, load {machine['load_average']} before",
+            "",
+            f"images/s, median of {setting.rounds} rounds (least - most)",
+            f"{'':22}{'plain recipe':>26}{'this project':>26}{'ratio':>8}{'by CPU time':>13}",
+            row("loader, one core", result["loader"], "images_per_s_per_core"),
+            row(f"loader, {setting.workers} workers", loader),
+            row("training step", step),
+            row("evaluation", result["evaluation"]),
+            row("epoch, with its test", epoch),
+            *(row(f"step at batch {size}", entry) for size, entry in result["batch_sizes"].items()),
+            "",
+            f"An epoch was {setting.images:,} training and {setting.test_images:,} test images; at its rate "
+            f"{EPOCH_IMAGES:,} and {EPOCH_IMAGES // TRAIN_PER_TEST:,} take {epoch['seconds']:,.1f} s, plain "
+            f"{epoch['plain_seconds']:,.1f} s.",
+            f"Training step: {step['gflop_per_s']:,.0f} GFLOP/s, {step['of_convolution_peak']:.0%} of the "
+            f"fastest convolution here ({machine['convolution_gflop_per_s']:,.0f}) and "
+            f"{step['of_matrix_peak']:.0%} of torch.mm ({machine['matrix_gflop_per_s']:,.0f});",
+            f"about {step['gbyte_per_s_estimated']:,.1f} GB/s, were each array moved once a use: "
+            f"{step['of_copy_rate']:.0%} of a large copy ({machine['copy_gbyte_per_s']:,.1f}). "
+            f"Bound by {bound(step)}.",
+        ]
     )
-    batches = make_test_batches(split, setting.recipe.test_batch_size, setting.device)
-    precision = setting.recipe.precision
-    return Pair(
-        "evaluation",
-        lambda: plain_recipe.evaluate(plain.model, loader, setting.device),
-        lambda: evaluate(own.model, batches, precision=precision).images,
-    )
 
 
-def epoch_pair(setting: Setting, trainers: tuple[Trainer, Trainer], data: tuple[Split, Split]) -> Pair:
-    """Loading, training and testing together: an epoch of `setting.images` images. Counts training images."""
-    plain, own = trainers
-    loaders = loader_pairs_of(setting, data[0])
-    test = evaluation_pair(setting, trainers, data[1])
+def bound(step: dict) -> str:
+    """Which of the machine's limits the training step is nearest to, in words."""
+    arithmetic, memory = step["of_convolution_peak"], step["of_copy_rate"]
+    if max(arithmetic, memory) < 0.4:
+        return "neither (launches, or other programs on this machine)"
+    return "the convolutions' arithmetic" if arithmetic >= memory else "memory"
 
-    def plain_epoch() -> int:
-        seen = plain_recipe.train_epoch(plain.model, plain.optimizer, loaders[0], setting.device)
-        test.plain()
-        return seen
 
-    def own_epoch() -> int:
-        sums = Sums(setting.device)
-        metrics = train_one_epoch(own.step, loaders[1], sums, batches=len(loaders[1]))
-        test.project()
-        return metrics.images
+def row(name: str, entry: dict, unit: str = "images_per_s") -> str:
+    """One line of the table."""
+    cells = [
+        f"{entry[key]:,.0f} ({low:,.0f} - {high:,.0f})"
+        for key in (f"plain_{unit}", unit)
+        for low, high in [entry[f"{key}_spread"]]
+    ]
+    by_cpu = f"{entry['cpu_time_ratio']:.2f}" if "cpu_time_ratio" in entry and unit == "images_per_s" else ""
+    return f"{name:22}{cells[0]:>26}{cells[1]:>26}{entry['ratio']:>8.2f}{by_cpu:>13}".rstrip()
 
-    return Pair("epoch", plain_epoch, own_epoch)
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, "benchmark.py"))

@@ -203,7 +203,7 @@ def agreement_by_band(
 
 
 def spread_over(similarity: np.ndarray, low: float, high: float, count: int) -> np.ndarray:
-    """At most `count` pairs with low <= similarity < high, evenly spread over their order, most similar first."""
+    """At most `count` pairs with low <= similarity < high, evenly spread by rank, most similar first."""
     order = np.argsort(-similarity, kind="stable")
     inside = order[(similarity[order] >= low) & (similarity[order] < high)]
     if len(inside) <= count:

@@ -1,9 +1,10 @@
 """The pictures of the data's notebook: tables of small images, histograms, balance, duplicates.
 
-Arrays in, figures out (`figures.png_bytes` makes PNGs of them); no display, no `pyplot`, and the same input
+Arrays in, figures out (`compact_png` makes PNGs of them); no display, no `pyplot`, and the same input
 gives the same bytes. Every function raises ValueError for input that does not fit together.
 """
 
+import io
 import textwrap
 from collections.abc import Sequence
 
@@ -13,14 +14,23 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
 
-from figures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY_BLUE, VERMILLION, new_figure, styled
+from figures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY_BLUE, VERMILLION, new_figure, png_bytes, styled
 
 DPI = 120
 SCALE = 3  # a pixel of the data is 3x3 in the figure
 LINE_PX, GAP_PX, MARGIN_PX = 15, 16, 18  # a line of caption; between tiles; around the figure
 CHARACTERS = 14  # of a caption's line: 7 points on a 32-pixel tile and its gap
 Names = Sequence[str]
+
+
+def compact_png(figure: Figure) -> bytes:
+    """`figures.png_bytes` without transparency and better packed: a notebook carries its pictures about."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png_bytes(figure))) as image:
+        image.convert("RGB").save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 @styled()
@@ -57,9 +67,9 @@ def tile_figure(
     letters = CHARACTERS * width // 32
     texts = [[_wrapped(name, letters) for name in line] for line in captions or [[""] * across] * count]
     heads = [_wrapped(name, letters) for name in columns or []]
-    left = MARGIN_PX + (130 if rows else 0)
+    left = MARGIN_PX + (145 if rows else 0)
     total_width = left + across * (wide + GAP_PX) + MARGIN_PX
-    heading = textwrap.wrap(title, total_width // 10)
+    heading = textwrap.wrap(title, total_width // 13)
     group_px = 24 if groups else 0
     depths = [group_px + tall + LINE_PX * max(map(len, line)) + GAP_PX for line in texts]
     top = MARGIN_PX + 24 * len(heading) + LINE_PX * max(map(len, heads), default=0) + 10

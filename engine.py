@@ -286,7 +286,7 @@ def evaluate(
             sums.add(loss_sum, (logits.argmax(1) == labels).sum(), len(labels), number)
             bar.update()
             after_batch(number)
-    check_finite(sums, "the test")
+    check_finite(sums, f"the {title}")
     return sums.metrics_over_ranks()
 
 

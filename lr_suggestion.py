@@ -31,9 +31,10 @@ class LRFinderResult:
     def summary(self) -> str:
         """One line: the suggestion, how it was found, and the range of losses."""
         curve = self.smoothed
+        lowest = min(filter(math.isfinite, curve), default=math.nan)
         return (
             f"LR finder: suggested LR {self.suggested_lr:.2e} ({self.method}); loss {curve[0]:.2f} -> "
-            f"{np.nanmin(curve):.2f} (lowest) -> {curve[-1]:.2f} (last), smoothed, over learning rates "
+            f"{lowest:.2f} (lowest) -> {curve[-1]:.2f} (last), smoothed, over learning rates "
             f"{self.learning_rates[0]:.0e} to {self.learning_rates[-1]:.2g}"
         )
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from cores import usable_cores
 
-# (images, channels, pixels a side) of the 3x3 convolutions whose best counts as the convolution peak: ResNet-56's
-# own three shapes, and two that are easier on caches and registers.
+# (images, channels, pixels a side) of the 3x3 convolutions whose best counts as the convolution peak:
+# ResNet-56's own three shapes, and two that are easier on caches and registers.
 CONVOLUTIONS = ((128, 16, 32), (128, 32, 16), (128, 64, 8), (32, 128, 16), (16, 256, 16))
 MATRIX_SIDE = {"cpu": 1536, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -77,8 +77,8 @@ def measure(
 ) -> None:
     """Measure every pair `rounds` times, plain and project in turn, after one unmeasured run of each.
 
-    In turn, so that a slow minute of the machine falls on both sides. `after_sample` is called after every run:
-    2 * len(pairs) * (rounds + 1) times.
+    In turn, so that a slow minute of the machine falls on both sides. `after_sample` is called after every
+    run: 2 * len(pairs) * (rounds + 1) times.
     """
     for number in range(rounds + 1):
         for pair in pairs:
@@ -95,7 +95,9 @@ def repeated(step: Callable[[], int], times: int) -> Callable[[], int]:
     return lambda: sum(step() for _ in range(times))
 
 
-def summary(samples: Sequence[tuple[Sample, Sample]], *, per_core: bool = False, own_cpu: bool = True) -> dict:
+def summary(
+    samples: Sequence[tuple[Sample, Sample]], *, per_core: bool = False, own_cpu: bool = True
+) -> dict:
     """Medians over rounds with the least and the most, and the ratio of the two medians, project to plain.
 
     Args:
@@ -166,11 +168,11 @@ def copy_rate(device: torch.device, at_least_s: float) -> float:
 
 @torch.no_grad()
 def step_bytes(model: nn.Module, element_bytes: int, size: int = 32) -> int:
-    """Bytes an image moves in a training step of `model`, were each array read and written in memory once a use.
+    """Bytes an image moves in a training step, were each array read and written in memory once a use.
 
     Forward, a convolution reads its input and writes its output; BatchNorm reads twice (statistics, then
-    normalisation) and writes; the ReLU or sum after it reads and writes. Backward moves twice as much: gradients
-    beside what was stored. Weights are left out (they are shared by the batch), and caches save a part.
+    normalisation) and writes; the ReLU or sum after it reads and writes. Backward moves twice as much:
+    gradients beside what was stored. Weights are left out (the batch shares them), and caches save a part.
     """
     total = 0
 

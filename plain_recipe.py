@@ -1,8 +1,8 @@
 """The plain way to train on CIFAR, for benchmark.py to compare with: fp32, NCHW, eager, a sample at a time.
 
-It follows what public training scripts do: a plain `A.Compose` that ends in Normalize and ToTensorV2, called for
-each sample; the default collate function; `loss.item()` and the hits read after every step; and testing through a
-DataLoader, with the test pipeline run anew for every image of every epoch.
+It follows what public training scripts do: a plain `A.Compose` that ends in Normalize and ToTensorV2, called
+for each sample; the default collate function; `loss.item()` and the hits read after every step; and testing
+through a DataLoader, with the test pipeline run anew for every image of every epoch.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """BatchNorm over the images of all processes, for processors that torch's SyncBatchNorm refuses (it is CUDA
 only). Parameters, buffers and state-dict names are those of BatchNorm2d.
 
-Backward formulas: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3, with both sums taken over all processes.
+Backward formulas: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3, with sums over all processes.
 """
 
 from typing import Any
@@ -40,23 +40,29 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def _global_moments(images: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Values a channel over all processes, and their mean and biased variance: float32 [C] each.
+    """Values a channel over all processes, and their mean and biased variance: [C] each, at least float32.
 
     The sums cross processes as float64, so that E[x^2] - E[x]^2 cancels harmlessly.
     """
     local = images.numel() // images.shape[1]
-    variance, mean = torch.var_mean(images.float(), (0, 2, 3), correction=0)
+    variance, mean = torch.var_mean(images.to(_statistics_dtype(images)), (0, 2, 3), correction=0)
     variance, mean = variance.double(), mean.double()
     sums = torch.cat([local * mean, local * (variance + mean * mean), mean.new_tensor([local])])
     dist.all_reduce(sums)
     count = int(sums[-1])
     mean, square = (sums[:-1] / count).chunk(2)
     variance = (square - mean * mean).clamp_(min=0)
-    return count, mean.float(), variance.float()
+    dtype = _statistics_dtype(images)
+    return count, mean.to(dtype), variance.to(dtype)
+
+
+def _statistics_dtype(images: Tensor) -> torch.dtype:
+    """float32 for float32, and for the half precisions of autocast."""
+    return torch.promote_types(images.dtype, torch.float32)
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) * weight + bias, where mean and variance depend on every process's x."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias; mean and variance depend on every process's x."""
 
     @staticmethod
     def forward(

@@ -132,7 +132,11 @@ def train_epochs(
             after_batch=run.after_train_batch,
         )
         test_metrics = evaluate(
-            run.model, chosen_on, precision=recipe.precision, after_batch=run.after_test_batch
+            run.model,
+            chosen_on,
+            precision=recipe.precision,
+            title=f"test of epoch {run.epoch}/{recipe.epochs}",
+            after_batch=run.after_test_batch,
         )
         run.finish_epoch(train_metrics, test_metrics)
         after_epoch()

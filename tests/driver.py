@@ -236,6 +236,22 @@ def limit_file_size_from_epoch(epoch: int, size: int) -> None:
     run.Run.begin_epoch = begin_epoch
 
 
+def fill_disk_in_epoch(epoch: int) -> None:
+    """Fill the disk of the output folder to the last page, at that epoch's beginning."""
+    import run
+
+    begin = run.Run.begin_epoch
+
+    def begin_epoch(self: Any) -> None:
+        if self.epoch == epoch:
+            with contextlib.suppress(OSError), open(self.files.folder / "ballast", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        begin(self)
+
+    run.Run.begin_epoch = begin_epoch
+
+
 def be_nobody() -> None:
     """Run as a user without rights, where the tests run as root."""
     if os.getuid() == 0:
@@ -361,6 +377,7 @@ FAULTS = {
         be_nobody,
         checkpoint_each_batch,
         die_at_step,
+        fill_disk_in_epoch,
         leak,
         limit_file_size,
         limit_file_size_from_epoch,

@@ -1,5 +1,6 @@
 """The notebook's pictures: pixels where they belong, captions that never touch, the same bytes again."""
 
+import io
 from collections.abc import Callable
 from itertools import combinations
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
+from PIL import Image
 
 import eda_plots
 from figures import png_bytes
@@ -49,6 +51,14 @@ def test_the_same_input_gives_the_same_png(kind: str) -> None:
     assert content == png_bytes(FIGURES[kind]())
 
 
+def test_a_compact_png_is_smaller_and_the_same_picture() -> None:
+    figure = FIGURES["tiles"]()
+    whole, compact = png_bytes(figure), eda_plots.compact_png(figure)
+    assert len(compact) < len(whole)
+    pictures = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in (whole, compact)]
+    np.testing.assert_array_equal(*pictures)
+
+
 def test_tiles_are_drawn_pixel_by_pixel_in_reading_order() -> None:
     tiles = random_tiles(2, 3)
     image = pixels_of(eda_plots.tile_figure(tiles, "title", captions=[["a", "b", "c"]] * 2))
@@ -78,6 +88,14 @@ def test_no_text_touches_another_or_leaves_the_figure(height: int) -> None:
         assert not Bbox.intersection(first.padded(-0.5), second.padded(-0.5)), (first, second)
     width, height = figure.bbox.size
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+
+
+@pytest.mark.parametrize("columns", [2, 4, 7, 10])
+def test_a_title_of_any_length_stays_inside(columns: int) -> None:
+    title = "CIFAR-100: the 14 most similar pairs of different labels, test above training " * 2
+    for end in range(20, len(title), 7):
+        figure = eda_plots.tile_figure(random_tiles(1, columns), title[:end])
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes_of(figure))
 
 
 def test_headings_of_groups_fit_above_five_tiles() -> None:

@@ -15,11 +15,11 @@ RANKS = (
     {"errors", "sync_bn"},
     {"archive", "cores", "distributed", "fast_transforms", "files", "model", "synthetic"}
     | {"html_page", "image_files", "tensorboard_log", "lr_suggestion", "metrics"},
-    {"augment", "checkpoint", "cli", "device", "download", "figures", "recipe"},
-    {"analysis", "dataset", "run_files", "flags", "plots", "report_plots"},
-    {"exporting", "report", "trained", "utils"},
+    {"augment", "measuring", "checkpoint", "cli", "device", "download", "figures", "recipe"},
+    {"analysis", "dataset", "run_files", "flags", "plots", "report_plots", "eda_plots"},
+    {"eda", "exporting", "plain_recipe", "report", "trained", "utils"},
     {"engine"},
-    {"inference", "recorded", "run"},
+    {"benchmark_pairs", "inference", "recorded", "run"},
     {"dialogue"},
     {"train", "evaluate", "predict", "benchmark", "export", "experiments", "hubconf"},
 )

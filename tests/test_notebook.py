@@ -1,0 +1,106 @@
+"""The notebook runs top to bottom on a part of the data, and the committed one shows all of the real data."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NOTEBOOK = REPOSITORY / "cifar100_eda.ipynb"
+FIGURES = 15  # one more where there are trained weights
+IMAGES = 600
+
+
+@pytest.fixture(scope="module")
+def committed() -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def executed(folder: Path, **environment: str) -> nbformat.NotebookNode:
+    """The notebook, run in `folder` with a kernel of this Python; any cell's error is raised."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    settings = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment
+    client = NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute(env=settings)
+    return notebook
+
+
+def texts_of(notebook: nbformat.NotebookNode) -> list[str]:
+    """Every Markdown output, in order."""
+    return [
+        output.data["text/markdown"]
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "text/markdown" in output.get("data", {})
+    ]
+
+
+def outputs_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def pictures_in(notebook: nbformat.NotebookNode) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs_of(notebook))
+
+
+def real_data() -> Path | None:
+    """The folder of the real CIFAR-100, where it is."""
+    for folder in (os.environ.get("CIFAR_DATA"), REPOSITORY / "data"):
+        if folder and (Path(folder) / "cifar-100-python" / "train").is_file():
+            return Path(folder).resolve()
+    return None
+
+
+def test_it_runs_top_to_bottom_on_a_part_of_the_data(tmp_path: Path) -> None:
+    """On the real images where they are, else on the synthetic ones; from a folder of its own."""
+    data = real_data()
+    chosen = {"EDA_DATASET": "cifar100", "CIFAR_DATA": str(data)} if data else {"EDA_DATASET": "synthetic"}
+    done = executed(tmp_path, EDA_IMAGES=str(IMAGES), **chosen)
+    assert pictures_in(done) >= FIGURES - 1  # the pairs of different labels may be none
+    texts = texts_of(done)
+    assert any(f"{IMAGES} training and {IMAGES // 5} test images" in text for text in texts)
+    assert ("not CIFAR-100" in texts[0]) == (data is None)
+    assert not [output for output in outputs_of(done) if output.output_type in ("error", "stream")]
+    assert not list(tmp_path.iterdir()), "it wrote files"
+
+
+def test_what_is_committed_is_the_whole_of_the_real_data(committed: nbformat.NotebookNode) -> None:
+    assert pictures_in(committed) >= FIGURES
+    texts = texts_of(committed)
+    assert "| training | 50,000 |" in texts[0] and "| test | 10,000 |" in texts[0]
+    assert not any("ynthetic" in text or "part of the data" in text for text in texts)
+
+
+def test_what_is_committed_ran_in_order_without_errors_or_messages(committed: nbformat.NotebookNode) -> None:
+    code = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert {output.output_type for output in outputs_of(committed)} == {"display_data"}
+
+
+def test_what_is_committed_is_small_and_of_no_machine(committed: nbformat.NotebookNode) -> None:
+    assert NOTEBOOK.stat().st_size < 3_000_000
+    assert committed.metadata.kernelspec.name == "python3"
+    for output in outputs_of(committed):
+        shown = json.dumps({kind: text for kind, text in output.data.items() if kind != "image/png"})
+        # a slash after a quote, a blank or nothing begins a path; HTML's closing tags and ratios do not
+        assert not re.search(r"(?<![\w<\]])/(tmp|work|root|home|usr)\b", shown), shown
+    assert not any("/tmp" in cell.source or "/work" in cell.source for cell in committed.cells)
+
+
+def test_results_are_in_no_text_cell(committed: nbformat.NotebookNode) -> None:
+    """Numbers in text are computed by cells; only what is cited or chosen stands in prose."""
+    known = set("100 80 32 2009 2020 2000 255 1 10 16 6 41 256 1902.00423 32x32 16x16 0.6 0.7 0.8".split())
+    for cell in committed.cells:
+        if cell.cell_type == "markdown":
+            numbers = set(re.findall(r"\d[\dx]*(?:\.\d+)?", cell.source))
+            assert numbers <= known, (numbers - known, cell.source)
