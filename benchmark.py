@@ -245,10 +245,10 @@ def table(result: dict, setting: Setting) -> str:
     loader = result["loader"] | {"ratio": result["loader"]["total_ratio"]}
     return "\n".join(
         [
-            f"{recipe.model}, batch {recipe.batch_size}, {machine['data']}; "
+            f"{recipe.model}, batch {recipe.batch_size}, {machine['data']}",
             f"plain: fp32, NCHW, eager; project: {recipe.precision}, channels_last, {mode}",
             f"{machine['device']}, {machine['processor']}, {machine['cores']} cores, "
-            f"{machine['threads']} threads, torch {machine['torch']}, load {machine['load_average']} before",
+            f"{machine['threads']} threads, torch {machine['torch']}, load {machine['load_average']}",
             "",
             f"images/s, median of {setting.rounds} rounds (least - most)",
             f"{'':22}{'plain recipe':>26}{'this project':>26}{'ratio':>8}{'by CPU time':>13}",
@@ -266,7 +266,7 @@ def table(result: dict, setting: Setting) -> str:
             f"fastest convolution here ({machine['convolution_gflop_per_s']:,.0f}) and "
             f"{step['of_matrix_peak']:.0%} of torch.mm ({machine['matrix_gflop_per_s']:,.0f});",
             f"about {step['gbyte_per_s_estimated']:,.1f} GB/s, were each array moved once a use: "
-            f"{step['of_copy_rate']:.0%} of a large copy ({machine['copy_gbyte_per_s']:,.1f}). "
+            f"{step['of_copy_rate']:.0%} of a large copy ({machine['copy_gbyte_per_s']:,.1f}).",
             f"Bound by {bound(step)}.",
         ]
     )

@@ -190,8 +190,7 @@ class Run:
 
     def _check_then_save(self) -> None:
         """Save unless the state is spoilt by a NaN that the loop has not seen yet."""
-        # the running variances too: they overflow before the weights do
-        finite = all(bool(torch.isfinite(value).all()) for value in self.model.state_dict().values())
+        finite = all(bool(torch.isfinite(value).all()) for value in self.model.parameters())
         if finite and int(self.sums.bad_batch.item()) == Sums.NONE:
             self.save()
 

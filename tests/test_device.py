@@ -89,9 +89,7 @@ def test_bf16_is_native_where_the_processor_says_so(
 
 
 @pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_bf16_on_cuda(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], native: bool
-) -> None:
+def test_bf16_on_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], native: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert native_bf16(torch.device("cuda", 0)) is native
     assert native_bf16(torch.device("mps")) is False

@@ -121,7 +121,9 @@ def test_an_epoch_in_two_parts_is_the_epoch_in_one() -> None:
     parted = train_one_epoch(step, batches[2:], later, first_batch=2, batches=4, after_batch=done.append)
     assert parted == whole
     assert done == [1, 2, 3, 4]
-    assert all(torch.equal(a, b) for a, b in zip(whole_model.parameters(), parted_model.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole_model.parameters(), parted_model.parameters(), strict=True)
+    )
 
 
 def test_a_step_reads_nothing_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +375,7 @@ def test_without_a_working_compiler_training_goes_on(tmp_path: Path) -> None:
         env=os.environ | broken,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert (done.returncode, done.stdout) == (0, "16\n"), done.stderr
     assert done.stderr.count("training eagerly") == 1 and "Traceback" not in done.stderr
@@ -383,14 +385,18 @@ def test_without_a_working_compiler_training_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_losses_of_twenty_steps_are_those_stored() -> None:
-    """Exactly, under the conditions that made them. Elsewhere rounding differs, and training multiplies the
-    difference: another instruction set moved the first five losses by up to 7e-6, relatively, the first ten by
-    2e-4, the first twenty by 1e-3. Ten times that is allowed."""
+    """Exactly, under the conditions that made them. Elsewhere rounding differs, and training multiplies it.
+
+    Other instructions (ONEDNN_MAX_CPU_ISA=SSE41, ATEN_CPU_CAPABILITY=default) moved the first three losses by
+    up to 4e-6, relatively, the next seven by 2e-4, the last ten by 9e-4; ten times that is allowed.
+    """
     stored = json.loads(STORED.read_text("utf-8"))
     losses = loss_curve()
     assert len(losses) == len(stored["losses"]) == STEPS
     if stored["conditions"] == conditions():
         assert losses == stored["losses"]
-    allowed = [1e-5] + [1e-4] * 4 + [2e-3] * 5 + [1e-2] * 10
-    for number, (loss, expected, relative) in enumerate(zip(losses, stored["losses"], allowed), start=1):
+    allowed = [1e-5] + [5e-5] * 2 + [2e-3] * 7 + [1e-2] * 10
+    for number, (loss, expected, relative) in enumerate(
+        zip(losses, stored["losses"], allowed, strict=True), start=1
+    ):
         assert loss == pytest.approx(expected, rel=relative), f"step {number}"

@@ -210,7 +210,7 @@ def test_resume_falls_back_on_the_state_before_a_damaged_one(
 ) -> None:
     damage(last(copy), how)
     flags = ["--resume", last(copy)]
-    code, output = driver.run(flags, copy / "output", ["signal_in", "after_train_batch", 2, 5, KILL])
+    code, output = driver.run(flags, copy / "output", ["signal_in", "finish_epoch", 3, 1, KILL])
     assert code == -KILL
     output = (copy / "output").read_text()
     assert "Going on from the checkpoint before it" in output and "CNN_Model_last.prev.pth" in output
@@ -296,7 +296,6 @@ def test_resume_from_a_copy_keeps_another_run_of_that_name(
     before = {name: content for name, content in contents(copy).items() if "output" not in name}
     code, output = driver.run(["--resume", copy.parent / "kept.pth", "--output-dir", copy], copy / "output")
     assert code == 0 and "is kept; this run writes CNN_Model-2" in output, output
-    assert digests(copy, "CNN_Model-2") | {"last name": ""} != {}
     now = contents(copy)
     assert {name: now[name] for name in before} == before
     changed = {

@@ -1,4 +1,4 @@
-"""The main job: questions, files, what it says, and what it refuses; mostly on a stand-in network and images."""
+"""The main job: questions, files, words, refusals; mostly on a stand-in network and stand-in images."""
 
 import argparse
 import builtins
@@ -26,10 +26,12 @@ import run as run_module
 import train as train_module
 from cli import LOG, run_main
 from dataset import DatasetUnavailable, ImageData, Split
+from engine import evaluate
 from flags import build_parser
 from lr_suggestion import LRFinderResult
 from model import MODELS, BasicBlock, count_parameters
 from train import main
+from utils import make_test_batches
 
 pexpect = pytest.importorskip("pexpect", reason="drives a pseudo-terminal") if os.name == "posix" else None
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -48,7 +50,13 @@ EPOCH_LINE = re.compile(
 
 def stand_in_network(block: type, *, num_classes: int = 100, **_: object) -> nn.Module:
     """A network that trains in a millisecond, in the place of ResNet-20."""
-    layers = [nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    layers = [
+        nn.Conv2d(3, 8, 3, stride=4),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*layers, nn.Linear(32, num_classes))
 
 
@@ -155,7 +163,9 @@ def test_a_line_an_epoch_in_the_references_form_with_marks(finished: Finished) -
     lines = [line for line in finished.out.splitlines() if line.startswith("Epoch [")]
     matches = [EPOCH_LINE.fullmatch(line) for line in lines]
     assert all(matches) and len(matches) == 10, lines
-    assert [(match[1], match[2], match[5]) for match in matches] == [(str(n), "10", "Test") for n in range(1, 11)]
+    assert [(match[1], match[2], match[5]) for match in matches] == [
+        (str(n), "10", "Test") for n in range(1, 11)
+    ]
     accuracies = [float(match[7]) for match in matches]
     bests = [accuracy > max(accuracies[:n], default=-1) for n, accuracy in enumerate(accuracies)]
     assert [bool(match[9]) for match in matches] == bests
@@ -209,7 +219,9 @@ def test_the_plots_are_pictures_with_something_on_them(finished: Finished, endin
 def test_the_checkpoints_load_with_plain_torch_and_say_what_made_them(finished: Finished) -> None:
     table = columns(finished.path("_history.csv"))
     best_epoch = int(np.argmax(table["test_acc_percent"])) + 1
-    best, last, results = (load(finished.path(e)) for e in ("_best.pth", "_last.pth", "_training_results.pth"))
+    best, last, results = (
+        load(finished.path(e)) for e in ("_best.pth", "_last.pth", "_training_results.pth")
+    )
     for state, kind in ((best, "best"), (last, "last"), (results, "results")):
         assert state["kind"] == kind and state["name"] == "CNN_Model"
         assert state["recipe"]["model"] == "resnet20" and state["recipe"]["epochs"] == 10
@@ -226,9 +238,6 @@ def test_the_checkpoints_load_with_plain_torch_and_say_what_made_them(finished: 
 
 
 def test_the_results_hold_the_weights_of_the_best_epoch(finished: Finished) -> None:
-    from engine import evaluate
-    from utils import make_test_batches
-
     batches = make_test_batches(stand_in_images().test, 5000, "cpu")
     model = stand_in_network(BasicBlock)
     for ending, expected in (("_training_results.pth", "accuracy_percent"), ("_last.pth", None)):
@@ -366,11 +375,12 @@ def test_with_a_validation_split_the_test_images_are_read_once_at_the_end(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     tested: list[int] = []
-    evaluate = train_module.evaluate
 
     def counting(model: nn.Module, batches: list, **options: object) -> object:
         tested.append(sum(len(labels) for _, labels in batches))
-        return evaluate(model, batches, **options)
+        metrics = evaluate(model, batches, **options)
+        # the validation accuracy falls, so that the best epoch is the first, not the last
+        return replace(metrics, accuracy_percent=50.0 - len(tested)) if len(tested) <= 3 else metrics
 
     quick.setattr(train_module, "evaluate", counting)
     assert main([*QUICK, "--epochs", "3", "--val-split", "100"]) == 0
@@ -383,9 +393,13 @@ def test_with_a_validation_split_the_test_images_are_read_once_at_the_end(
     assert list(table)[-2:] == ["val_loss", "val_acc_percent"] and "test_acc_percent" not in table
     results = load("output/CNN_Model_training_results.pth")
     assert results["chosen_on"] == "val"
-    assert results["epoch"] == int(np.argmax(table["val_acc_percent"])) + 1
-    for key in ("best", "last"):
+    assert results["epoch"] == int(np.argmax(table["val_acc_percent"])) + 1 == 1
+    batches = make_test_batches(stand_in_images().test, 5000, "cpu")
+    for key, state in (("best", results), ("last", load("output/CNN_Model_last.pth"))):
+        model = stand_in_network(BasicBlock)
+        model.load_state_dict(state["model"])
         stored = results["final_test"][key]
+        assert stored["loss"] == pytest.approx(evaluate(model, batches).loss, rel=1e-6)
         assert stored["images"] == TEST_IMAGES
         assert f"Test accuracy of the {key} epoch" in out
         assert f"{stored['accuracy_percent']:.2f}% on 200 images that chose nothing" in out
@@ -423,7 +437,7 @@ def test_one_cycle_rises_and_falls_by_the_batch(
 
 @pytest.mark.parametrize("name", [[], ["--name", "mine"], ["--name", "my_synthetic_run"]])
 def test_a_synthetic_run_says_so_everywhere(
-    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: list[str]
+    quick: pytest.MonkeyPatch, finder: list[str], capsys: pytest.CaptureFixture, name: list[str]
 ) -> None:
     titles: list[str] = []
     quick.setattr(run_module, "plot_history", lambda *_, title, **__: titles.append(title))
@@ -513,7 +527,11 @@ def no_data(quick: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     data = stand_in_images()
 
     def load_dataset(name: str, *arguments: object, **options: object) -> ImageData:
-        return replace(data, name=name) if name == "synthetic" else dataset.load_dataset(name, *arguments, **options)
+        return (
+            replace(data, name=name)
+            if name == "synthetic"
+            else dataset.load_dataset(name, *arguments, **options)
+        )
 
     quick.setattr(dialogue, "load_dataset", load_dataset)
     quick.setattr(dataset, "SOURCES", tuple(f"http://127.0.0.1:9/{name}.tar.gz" for name in "ab"))
@@ -696,7 +714,13 @@ def at_a_terminal(folder: Path, *flags: str) -> "pexpect.spawn":
     command = ["-c", ON_STAND_INS, "--model", "resnet20", "--batch-size", "100", *flags]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return pexpect.spawn(
-        sys.executable, command, cwd=folder, env=environment, encoding="utf-8", timeout=100, dimensions=(40, 120)
+        sys.executable,
+        command,
+        cwd=folder,
+        env=environment,
+        encoding="utf-8",
+        timeout=200,
+        dimensions=(40, 120),
     )
 
 
@@ -746,7 +770,8 @@ def test_the_end_of_input_at_a_terminal_takes_the_defaults(tmp_path: Path) -> No
 
 def test_the_program_itself_with_answers_from_a_pipe(tmp_path: Path) -> None:
     """ResNet-20 on the built-in images, LR finder included, without stand-ins."""
-    flags = "--dataset synthetic --model resnet20 --limit-train 256 --limit-test 200 --batch-size 8".split()
+    flags = ["--dataset", "synthetic", "--model", "resnet20", "--batch-size", "8"]
+    flags += ["--limit-train", "256", "--limit-test", "200"]
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "train.py"), *flags],
         cwd=tmp_path,
@@ -754,7 +779,7 @@ def test_the_program_itself_with_answers_from_a_pipe(tmp_path: Path) -> None:
         input="y\ny\n2\n",
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     out = done.stdout
@@ -769,7 +794,7 @@ def test_the_program_itself_with_answers_from_a_pipe(tmp_path: Path) -> None:
 
 def test_the_program_itself_refuses_a_wrong_value(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "train.py"), "--batch-size", "60000"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("train.py: error: --batch-size 60000") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
