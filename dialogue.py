@@ -169,7 +169,7 @@ def resume_command(args: argparse.Namespace, files: RunFiles) -> str:
     processes = distributed.world_size()
     command = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
     command += [script, "--resume", str(files.last)]
-    for flag in ("data_dir", "data_url", "device", "workers", "checkpoint_every"):
+    for flag in ("data_dir", "device", "workers", "checkpoint_every"):
         value = getattr(args, flag)
         if value != build_parser().get_default(flag):
             command += [f"--{flag.replace('_', '-')}", str(value)]

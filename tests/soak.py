@@ -30,6 +30,7 @@ from errors import RunError, UsageError
 from run_files import RunFiles
 
 NAME = "CNN_Model"
+LONGEST_S = 1.0  # of computing, from a start to its kill: about half a run with a checkpoint each batch
 WORDS = [
     "y",
     "n",
@@ -81,20 +82,17 @@ def soak(args: argparse.Namespace, folder: Path, counts: Counter[str], losses: l
     driver = Driver(folder)
     try:
         whole = folder / "whole"
-        begin = time.monotonic()
         code, output = driver.run([*QUICK, "--output-dir", whole], folder / "output")
-        longest_s = (time.monotonic() - begin) / 2  # between a start and its kill
         if code != 0:
             raise SystemExit(f"the undisturbed run failed: {output}")
         damage_files(args.damaged, whole / f"{NAME}_last.pth", rng, counts, losses)
-        kill_runs(args.kills, longest_s, driver, folder, rng, counts, losses)
+        kill_runs(args.kills, driver, folder, rng, counts, losses)
     finally:
         driver.close()
 
 
 def kill_runs(
     kills: int,
-    longest_s: float,
     driver: Driver,
     folder: Path,
     rng: random.Random,
@@ -107,7 +105,7 @@ def kill_runs(
     with tqdm(total=kills, desc="kills", unit="kill") as bar:
         while counts["kills"] < kills:
             output = folder / f"run {counts['runs compared']}"
-            problem = kill_until_done(kills, longest_s, driver, output, rng, counts, bar)
+            problem = kill_until_done(kills, driver, output, rng, counts, bar)
             if problem:
                 losses.append(problem)
                 return
@@ -121,7 +119,6 @@ def kill_runs(
 
 def kill_until_done(
     kills: int,
-    longest_s: float,
     driver: Driver,
     output: Path,
     rng: random.Random,
@@ -137,11 +134,7 @@ def kill_until_done(
         child = driver.start(flags, output / "output", ["checkpoint_each_batch"])
         counts["resumes"] += resumes
         if counts["kills"] < kills:
-            child.wait_for_growth()
-            end = time.monotonic() + rng.uniform(0, longest_s)
-            while time.monotonic() < end and not child.ended():
-                time.sleep(0.005)
-            code = child.kill()
+            code = child.kill_after(rng.uniform(0, LONGEST_S))
         else:
             code = child.wait(600)
         if code == 0:

@@ -69,10 +69,7 @@ def test_resume_after_kills_at_random_moments_gives_the_same_bytes(
         code, at = None, (0, 0)
         while code != 0:
             child = driver.start(go_on(folder), folder / "output", ["checkpoint_each_batch"])
-            if kills < KILLS:
-                child.wait_for_growth()
-                time.sleep(rng.uniform(0, 1.0))
-            code = child.kill() if kills < KILLS else child.wait()
+            code = child.kill_after(rng.uniform(0, 1.0)) if kills < KILLS else child.wait()
             kills += code == -KILL
             assert code in (0, -KILL), child.output
             assert at <= progress(folder)  # nothing that was saved is lost
