@@ -303,7 +303,9 @@ def start_run(
     )
     plural = "" if recipe.epochs == 1 else "s"
     LOG.info(f"Training: {recipe.epochs} epoch{plural}, {recipe.schedule_note}")
-    if state is not None:
+    if state is None:
+        run.save()  # so that from now on there is always a state to resume
+    else:
         run.restore(state, source)
         LOG.info(f"Resumed {source}: epoch {run.epoch}, batch {run.batches_done} of {batches_per_epoch}")
     return run

@@ -1,7 +1,7 @@
 """The long form of the tests of resuming and of hostile input, run by hand; ends with one table.
 
-    python tests/soak.py                                         about an hour of one busy core
-    python tests/soak.py --kills 20 --prompts 500 --damaged 50   a few minutes
+    python tests/soak.py                                         about ten minutes
+    python tests/soak.py --kills 20 --prompts 500 --damaged 50   about a minute
 
 A small run is killed with SIGKILL at random moments and resumed until it is done, then compared bit by bit
 with one that was left alone, over and over. Ctrl-C ends it with the table of what was done by then. The exit
@@ -30,7 +30,7 @@ from errors import RunError, UsageError
 from run_files import RunFiles
 
 NAME = "CNN_Model"
-LONGEST_S = 1.0  # of computing, from a start to its kill: about half a run with a checkpoint each batch
+LONGEST_S = 2.5  # of computing, from a start to its kill: about as long as a run takes
 WORDS = [
     "y",
     "n",
@@ -133,10 +133,7 @@ def kill_until_done(
         flags = ["--resume", "--output-dir", output] if resumes else [*QUICK, "--output-dir", output]
         child = driver.start(flags, output / "output", ["checkpoint_each_batch"])
         counts["resumes"] += resumes
-        if counts["kills"] < kills:
-            code = child.kill_after(rng.uniform(0, LONGEST_S))
-        else:
-            code = child.wait(600)
+        code = child.kill_after(rng.uniform(0, LONGEST_S)) if counts["kills"] < kills else child.wait(600)
         if code == 0:
             return None
         if code != -signal.SIGKILL:

@@ -69,29 +69,13 @@ def test_resume_after_kills_at_random_moments_gives_the_same_bytes(
         code, at = None, (0, 0)
         while code != 0:
             child = driver.start(go_on(folder), folder / "output", ["checkpoint_each_batch"])
-            code = child.kill_after(rng.uniform(0, 1.0)) if kills < KILLS else child.wait()
+            code = child.kill_after(rng.uniform(0, 2.5)) if kills < KILLS else child.wait()
             kills += code == -KILL
             assert code in (0, -KILL), child.output
             assert at <= progress(folder)  # nothing that was saved is lost
             at = progress(folder)
         assert digests(folder) == unbroken["multistep"]
         runs += 1
-
-
-def test_resume_after_a_kill_at_every_step_of_writing_files_gives_the_same_bytes(
-    driver: Driver, unbroken: dict, tmp_path: Path
-) -> None:
-    """The n-th attempt dies at its n-th step: mkstemp, write, fsync, chmod, rename, link, unlink."""
-    code, number, at = None, 0, (0, 0)
-    while code != 0:
-        number += 1
-        code, output = driver.run(go_on(tmp_path), tmp_path / "output", ["die_at_step", number])
-        assert code in (0, -KILL), output
-        assert at <= progress(tmp_path)
-        at = progress(tmp_path)
-    assert number > 50  # as many steps as an epoch's end has, and then some
-    assert digests(tmp_path) == unbroken["multistep"]
-    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.lock"))
 
 
 # method of Run, epoch, call: between two batches, in the middle of one, in testing, at an epoch's end
@@ -199,6 +183,33 @@ def damage(path: Path, how: str) -> None:
     else:
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
+
+
+def test_resume_after_a_kill_at_every_step_of_writing_files_gives_the_same_bytes(
+    driver: Driver, unbroken: dict, copy: Path
+) -> None:
+    """The n-th attempt dies at its n-th step: mkstemp, write, fsync, chmod, rename, link, unlink."""
+    code, number, at, flags = None, 0, progress(copy), ["--resume", last(copy)]
+    while code != 0:
+        number += 1
+        code, output = driver.run(flags, copy / "output", ["die_at_step", number])
+        assert code in (0, -KILL), output
+        assert at <= progress(copy)
+        at = progress(copy)
+    assert number > 40  # as many steps as an epoch's end has, and then some
+    assert digests(copy) == unbroken["multistep"]
+    assert not list(copy.glob(".*")) and not list(copy.glob("*.lock"))
+
+
+def test_resume_is_possible_from_the_moment_that_training_begins(
+    driver: Driver, unbroken: dict, tmp_path: Path
+) -> None:
+    moment = ["signal_in", "begin_epoch", 1, 1, KILL]
+    assert driver.run([*QUICK, "--output-dir", tmp_path], tmp_path / "output", moment)[0] == -KILL
+    assert progress(tmp_path) == (1, 0)
+    code, output = driver.run(["--resume", "--output-dir", tmp_path], tmp_path / "output")
+    assert code == 0, output
+    assert digests(tmp_path) == unbroken["multistep"]
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped bit", "missing"])
