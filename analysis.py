@@ -21,11 +21,13 @@ def analyse(
         best_epoch: the epoch of the best accuracy, from 1.
         final_test: with held-out images, the test Metrics of the best and the last epoch; else empty.
     """
-    choice = "val" if recipe.val_split else "test"
+    choice = recipe.choice
     label = "validation" if recipe.val_split else "test"
     column = f"{choice}_acc_percent"
     best, last, first = history[best_epoch - 1], history[-1], history[0]
     lines = [f"Analysis ({recipe.model}, {recipe.data_note})"]
+    if recipe.averages:
+        lines.append(f"  All {label} figures are the averaged weights'.")
     lines.append(f"  Best {label} accuracy:  {best[column]:.2f}% (epoch {best_epoch})")
     lines.append(f"  Final {label} accuracy: {last[column]:.2f}% (epoch {len(history)})")
     if final_test:
@@ -45,8 +47,8 @@ def analyse(
         f"  Generalisation gap: {gap:.2f} points "
         f"({last['train_acc_percent']:.2f}% training - {last[column]:.2f}% {label})"
     )
-    for what in ("train", choice):
-        lines.append("  " + _reduction(what, first[f"{what}_loss"], last[f"{what}_loss"]))
+    for what, name in (("train", "train"), (choice, choice.removeprefix("ema_"))):
+        lines.append("  " + _reduction(name, first[f"{what}_loss"], last[f"{what}_loss"]))
     lines.append(f"  Total time: {duration(elapsed_s)}")
     return lines
 

@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 import distributed
 from cli import LOG, progress_bar
 from errors import RunError
+from mixing import soft_hits
+from strategies import Strategies
 from utils import normalize
 
 # On a CPU, testing runs fastest in pieces that stay in its caches: ResNet-56 tested 1.9 times as many
@@ -96,6 +98,7 @@ class TrainStep:
         compile_model: run full batches through torch.compile; a batch of another size than the first
             runs eagerly, since compiling for one short batch an epoch costs more than it saves.
         sync_bn: with several processes, BatchNorm over the global batch.
+        strategies: what the recipe adds; nothing by default.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class TrainStep:
         precision: str = "fp32",
         compile_model: bool = False,
         sync_bn: bool = False,
+        strategies: Strategies | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
         self.model = distributed.wrap(model, self.device, sync_bn=sync_bn)
@@ -115,6 +119,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.precision = precision
+        self.strategies = strategies or Strategies()
         self.compiled = compiled(self.model, self.device) if compile_model else None
         self.compiled_size: int | None = None
 
@@ -122,51 +127,88 @@ class TrainStep:
         """Train on `images` (uint8 [N, 32, 32, 3]) and `labels` (int64 [N]), both on the device.
 
         Returns:
-            The summed loss of the batch in nats and the number of hits, scalars on the device.
+            The summed loss of the batch in nats and the number of hits (`soft_hits` where images are
+            mixed), scalars on the device.
         """
-        loss, logits = self._gradients(normalize(images), labels)
+        batch, targets = normalize(images), labels
+        for view in self.strategies.views:
+            batch, targets = view(batch, targets, self.steps_done)
+        loss_sum, hits = self._gradients(batch, targets)
+        for refine in self.strategies.refinements:
+            refine(lambda: self._gradients(batch, targets))
         self.optimizer.step()
         self.scheduler.step()
-        return loss * len(labels), (logits.argmax(1) == labels).sum()
+        if self.strategies.averaging is not None:
+            self.strategies.averaging(self.steps_done)
+        return loss_sum, hits
 
-    def _share(self, images: int) -> torch.Tensor | float:
-        """What this process's mean loss counts in the mean over processes: 1, but for uneven last batches."""
-        if distributed.world_size() == 1:
-            return 1.0
-        total = distributed.sum_over_ranks(torch.tensor(float(images), device=self.device))
-        return images * distributed.world_size() / total
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps since the run's first; the scheduler counts them, and a checkpoint keeps that."""
+        return self.scheduler.last_epoch
 
-    def _gradients(self, batch: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Leave the batch's gradients in the weights and return its mean loss and logits, detached.
+    def _gradients(self, batch: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leave the batch's gradients in the weights; return its summed loss and hits."""
+        self.optimizer.zero_grad(set_to_none=True)
+        images, ranks = len(targets), distributed.world_size()
+        # What this process's mean loss counts in the mean over processes: 1, but for uneven last batches.
+        total = torch.tensor(float(images), device=self.device) if ranks > 1 else images
+        if ranks > 1:
+            total = distributed.sum_over_ranks(total)
+        share = images * ranks / total
+        pieces = self.strategies.accumulate
+        if pieces > 1:  # as many on every rank, each with an image at least
+            pieces = min(pieces, int(total) // ranks)
+        sums = []
+        parts = zip(batch.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
+        for number, (part, part_targets) in enumerate(parts, start=1):
+            waits = number == pieces or ranks == 1
+            with contextlib.nullcontext() if waits else self.model.no_sync():
+                loss, logits = self._piece(part, part_targets, share * (len(part) / images))
+            # read before the next pass: CUDA graphs reuse the memory of `logits`
+            sums.append((loss * len(part), soft_hits(logits.argmax(1), part_targets)))
+        loss_sums, hits = zip(*sums, strict=True)
+        return sum(loss_sums[1:], loss_sums[0]), sum(hits[1:], hits[0])
+
+    def _piece(
+        self, batch: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached.
 
         The first compiled pass may fail, in backward too, which torch compiles only when it gets there; the
         batch is then done again eagerly, from the BatchNorm statistics before it.
         """
         if self.compiled is None or self.compiled_size not in (None, len(batch)):
-            return self._pass(self.model, batch, labels)
+            return self._pass(self.model, batch, targets, weight)
         if self.compiled_size is not None:
-            return self._pass(self.compiled, batch, labels)
+            return self._pass(self.compiled, batch, targets, weight)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         try:
-            result = self._pass(self.compiled, batch, labels)
+            result = self._pass(self.compiled, batch, targets, weight)
         except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
             LOG.warning(f"torch.compile failed, training eagerly: {reason}")
             self.compiled = None
+            self.optimizer.zero_grad(set_to_none=True)
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-            return self._pass(self.model, batch, labels)
+            return self._pass(self.model, batch, targets, weight)
         self.compiled_size = len(batch)
         return result
 
     def _pass(
-        self, network: Callable[..., torch.Tensor], batch: torch.Tensor, labels: torch.Tensor
+        self,
+        network: Callable[..., torch.Tensor],
+        batch: torch.Tensor,
+        targets: torch.Tensor,
+        weight: torch.Tensor | float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with autocast(self.device, self.precision):
-            logits = network(batch)
-        loss = self.criterion(logits.float(), labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss * self._share(len(labels))).backward()
+            logits = network(batch).float()
+        loss = self.criterion(logits, targets)
+        if self.strategies.distillation is not None:
+            loss = self.strategies.distillation(loss, logits, batch)
+        (loss * weight).backward()
         return loss.detach(), logits.detach()
 
 

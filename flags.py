@@ -10,8 +10,10 @@ from typing import NoReturn
 from augment import AUGMENTATIONS
 from cli import number, printable, whole_number
 from errors import UsageError
+from flags_training import add_improvement_flags
 from model import MODELS
 from recipe import MAX_EPOCHS, PRECISIONS, SCHEDULERS, Recipe
+from recipes import RECIPES, recipe_values, recipes_table
 
 DEFAULT_NAME = "CNN_Model"
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -41,8 +43,9 @@ def build_parser() -> Parser:
     """The parser of train.py. A flag that is not given is None: then a question, or the default, decides."""
     parser = Parser(
         prog="train.py",
-        description="Train ResNet-56 (or a relative) on CIFAR-100. Without flags, three questions are asked.",
-        epilog="Example: python train.py --yes --epochs 100 --name my_run",
+        description="Train ResNet-56 (or a relative) on CIFAR-100. Without flags, it asks three questions.",
+        epilog=f"{recipes_table()}\n\nexample: python train.py --yes --epochs 100 --name my_run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     asked = parser.add_argument_group("answers to the questions")
@@ -66,6 +69,7 @@ def build_parser() -> Parser:
     )
     _add_data_flags(parser)
     _add_recipe_flags(parser)
+    add_improvement_flags(parser)
     _add_run_flags(parser)
     return parser
 
@@ -146,6 +150,7 @@ def _add_data_flags(parser: Parser) -> None:
 
 def _add_recipe_flags(parser: Parser) -> None:
     recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--recipe", choices=tuple(RECIPES), help="a group of flags, listed at the end")
     recipe.add_argument(
         "--model",
         metavar="NAME",
@@ -268,6 +273,21 @@ def _add_run_flags(parser: Parser) -> None:
         "--deterministic", action="store_true", help="on CUDA: only kernels that give the same bits"
     )
     run.add_argument("--sync-bn", action="store_true", help="with torchrun: BatchNorm over the whole batch")
+
+
+def fill_in(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with those of --recipe among them, as if they had been given.
+
+    Raises:
+        UsageError: --recipe stands beside --resume.
+    """
+    if args.recipe is None:
+        return args
+    if args.resume is not None:
+        raise UsageError("--recipe is for new runs: leave it out, the checkpoint has its own")
+    given = _given(args)
+    given |= {} if args.max_lr is None else {"lr": None}  # both set the peak of onecycle
+    return argparse.Namespace(**{**vars(args), **recipe_values(args.recipe, given)})
 
 
 def recipe_from(args: argparse.Namespace, precision: str) -> Recipe:

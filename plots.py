@@ -35,6 +35,7 @@ SERIES = (
     ("val", "validation", GREEN),
     ("test", "test", VERMILLION),
     ("ema_test", "test, averaged weights", PURPLE),
+    ("ema_val", "validation, averaged weights", PURPLE),
 )
 # A run that holds images out measures those after each epoch, and the test images only at its end.
 REQUIRED_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_acc_percent")
@@ -189,13 +190,14 @@ def history_figure(
 
     Args:
         rows: one mapping an epoch with REQUIRED_COLUMNS and those of either entry of
-            HELD_OUT_COLUMNS; ema_test_loss and ema_test_acc_percent are drawn where present. Text
+            HELD_OUT_COLUMNS; the same with ema_ before them are drawn where present. Text
             from a CSV file is read as numbers; None, "" and values that are not finite leave a hole
             in the line.
         milestones: epochs after which the rate drops; those inside the history are drawn, half an
             epoch later, where the drop is.
         target_accuracy: percent, or None.
-        best_epoch: marked on the validation accuracy where there is one, else on the test accuracy.
+        best_epoch: marked on the validation accuracy where there is one, else on the test accuracy; on
+            that of the averaged weights where there are such.
         title: names the run ("synthetic", "subset of 2,560 images"); wrapped when long.
 
     Raises:
@@ -255,8 +257,8 @@ def _draw_series(axes: Axes, table: Mapping[str, np.ndarray], what: str) -> None
 
 def _mark_best(axes: Axes, table: Mapping[str, np.ndarray], best_epoch: int) -> None:
     """A star at the best epoch, with its accuracy in the legend."""
-    held_out = table["val_acc_percent"]
-    chosen_on = held_out if np.isfinite(held_out).any() else table["test_acc_percent"]
+    series = [table[f"{prefix}_acc_percent"] for prefix in ("ema_val", "ema_test", "val", "test")]
+    chosen_on = next((values for values in series if np.isfinite(values).any()), series[-1])
     for value in chosen_on[(table["epoch"] == best_epoch) & np.isfinite(chosen_on)][:1]:
         label = f"best epoch {best_epoch}: {value:.2f} %"
         look = {"color": ORANGE, "markeredgecolor": BLACK, "markersize": 15, "linestyle": "none"}

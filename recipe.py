@@ -10,15 +10,18 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from errors import UsageError
-from model import MODELS
+from model import MODELS, model_options
+from recipe_checks import check_improvements, in_range, one_of, shown
+from schedules import cosine_with_warmup
 
 DATASETS = ("cifar100", "synthetic")
 DATASET_SIZES = {"cifar100": (50_000, 10_000), "synthetic": (10_000, 2_000)}
-SCHEDULERS = ("multistep", "onecycle")
+SCHEDULERS = ("multistep", "onecycle", "cosine")
 PRECISIONS = ("fp32", "bf16")
 # The reference drops the rate after epochs 40, 70 and 85 of 100; other lengths keep the fractions.
 MILESTONE_FRACTIONS = (0.40, 0.70, 0.85)
 MAX_EPOCHS = 100_000
+TUPLES = ("milestones", "image_sizes")  # the fields that hold several numbers
 
 
 @dataclass(frozen=True)
@@ -50,32 +53,54 @@ class Recipe:
     seed: int = 0
     precision: str = "fp32"
     target_accuracy: float = 70.0  # percent
+    # beyond the reference: each is off by default
+    warmup_epochs: int = 0  # linear rise before cosine's fall
+    decay_bn: bool = True  # weight decay of BatchNorm and biases too, as in the reference
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0  # largest norm of the whole gradient; 0: no clipping
+    accumulate: int = 1  # the pieces that a batch is computed in, one after another
+    image_sizes: tuple[int, ...] | None = None  # side in pixels, for equal parts of the epochs
+    mix: str = "none"
+    mix_probability: float = 1.0  # of a batch to be mixed
+    mixup_alpha: float = 0.2
+    cutmix_alpha: float = 1.0
+    ema_decay: float = 0.0  # of the moving average of weights, a batch; 0: none is kept
+    swa_start: int | None = None  # the first epoch whose weights are averaged, all equally
+    sam: str = "none"
+    sam_rho: float | None = None  # radius of the neighbourhood; None: SAM_RHO's
+    teacher: str | None = None  # path of a checkpoint
+    distill_alpha: float = 0.9  # the teacher's share of the loss
+    distill_temperature: float = 4.0
+    zero_init_residual: bool = False
+    drop_path: float = 0.0  # rate of the last block; earlier ones drop less
+    dropout: float = 0.0  # wide networks only
 
     def __post_init__(self) -> None:
         self._check_types()
-        _one_of("--model", self.model, sorted(MODELS))
-        _one_of("--dataset", self.dataset, DATASETS)
-        _one_of("--scheduler", self.scheduler, SCHEDULERS)
-        _one_of("--precision", self.precision, PRECISIONS)
-        _in_range("--epochs", self.epochs, 1, MAX_EPOCHS)
-        _in_range("--lr", self.lr, 1e-8, 100)
-        _in_range("--momentum", self.momentum, 0, 0.9999)
-        _in_range("--weight-decay", self.weight_decay, 0, 1)
-        _in_range("--gamma", self.gamma, 1e-6, 1)
-        _in_range("--seed", self.seed, 0, 2**32 - 1)
-        _in_range("--target-accuracy", self.target_accuracy, 0, 100)
+        one_of("--model", self.model, sorted(MODELS))
+        one_of("--dataset", self.dataset, DATASETS)
+        one_of("--scheduler", self.scheduler, SCHEDULERS)
+        one_of("--precision", self.precision, PRECISIONS)
+        in_range("--epochs", self.epochs, 1, MAX_EPOCHS)
+        in_range("--lr", self.lr, 1e-8, 100)
+        in_range("--momentum", self.momentum, 0, 0.9999)
+        in_range("--weight-decay", self.weight_decay, 0, 1)
+        in_range("--gamma", self.gamma, 1e-6, 1)
+        in_range("--seed", self.seed, 0, 2**32 - 1)
+        in_range("--target-accuracy", self.target_accuracy, 0, 100)
         if self.max_lr is not None:
-            _in_range("--max-lr", self.max_lr, 1e-8, 100)
+            in_range("--max-lr", self.max_lr, 1e-8, 100)
             if self.scheduler != "onecycle":
                 raise UsageError("--max-lr goes with --scheduler onecycle only")
         self._check_sizes()
         self._check_milestones()
+        check_improvements(self)
 
     def _check_types(self) -> None:
         """Refuse values of another type than their field's, as a foreign checkpoint may hold."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "milestones":
+            if field.name in TUPLES:
                 items = () if value is None else value
                 right = isinstance(items, tuple) and all(type(item) is int for item in items)
             else:
@@ -89,20 +114,20 @@ class Recipe:
         train, test = DATASET_SIZES[self.dataset]
         most = max(sizes[1] for sizes in DATASET_SIZES.values())
         if self.limit_train is not None:
-            _in_range("--limit-train", self.limit_train, 1, train)
+            in_range("--limit-train", self.limit_train, 1, train)
             train = self.limit_train
         if self.limit_test is not None:
-            _in_range("--limit-test", self.limit_test, 1, test)
-        _in_range("--val-split", self.val_split, 0, train - 1)
+            in_range("--limit-test", self.limit_test, 1, test)
+        in_range("--val-split", self.val_split, 0, train - 1)
         train -= self.val_split
         if self.batch_size > train:
             raise UsageError(
-                f"--batch-size {_shown(self.batch_size)} is more than the {train:,} images to train on: "
+                f"--batch-size {shown(self.batch_size)} is more than the {train:,} images to train on: "
                 "pass a smaller one"
             )
-        _in_range("--batch-size", self.batch_size, 1, train)
+        in_range("--batch-size", self.batch_size, 1, train)
         # larger than the test set is no error: it is one batch then, as with the default on few images
-        _in_range("--test-batch-size", self.test_batch_size, 1, most)
+        in_range("--test-batch-size", self.test_batch_size, 1, most)
 
     def _check_milestones(self) -> None:
         if self.milestones is None:
@@ -113,7 +138,7 @@ class Recipe:
         if not rising or any(not 1 <= m < self.epochs for m in self.milestones):
             raise UsageError(
                 "--milestones takes rising epoch numbers from 1 to epochs - 1 "
-                f"(here {self.epochs - 1}), not {' '.join(map(_shown, self.milestones))}"
+                f"(here {self.epochs - 1}), not {' '.join(map(shown, self.milestones))}"
             )
 
     @property
@@ -127,12 +152,42 @@ class Recipe:
         return tuple(sorted(m for m in scaled if 1 <= m < self.epochs))
 
     @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept beside them."""
+        return self.ema_decay > 0 or self.swa_start is not None
+
+    @property
+    def choice(self) -> str:
+        """The figures that the best epoch is chosen by, as the history's columns begin.
+
+        "val" where images are held out, else "test"; "ema_" before it where the weights are averaged, for
+        it is the averaged weights then that are kept.
+        """
+        return ("ema_" if self.averages else "") + ("val" if self.val_split else "test")
+
+    @property
     def schedule_note(self) -> str:
         """The schedule of learning rates in a few words."""
         if self.scheduler == "onecycle":
             return f"onecycle with its peak at learning rate {self.max_lr or self.lr:g}"
+        if self.scheduler == "cosine":
+            warmup = f" after {self.warmup_epochs} epochs of warm-up" if self.warmup_epochs else ""
+            return f"cosine from learning rate {self.lr:g}{warmup}"
         drops = ", ".join(map(str, self.milestone_epochs))
         return f"learning rate {self.lr:g}" + (f", x {self.gamma:g} after {drops}" if drops else "")
+
+    @property
+    def improvements_note(self) -> str:
+        """The choices that differ from the reference's, as ", flag value" each; empty where none do."""
+        names = [field.name for field in dataclasses.fields(self)]
+        names = names[names.index("warmup_epochs") :]
+        changed = [name for name in names if getattr(self, name) != getattr(Recipe, name)]
+        return "".join(f", {name.replace('_', '-')} {getattr(self, name)}" for name in changed)
+
+    @property
+    def network_options(self) -> dict[str, float]:
+        """What `build_model` takes beside the name and the number of classes."""
+        return {name: getattr(self, name) for name in model_options(self.model)}
 
     @property
     def data_note(self) -> str:
@@ -149,9 +204,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain types, for a checkpoint."""
         values = dataclasses.asdict(self)
-        if self.milestones is not None:
-            values["milestones"] = list(self.milestones)
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
@@ -165,20 +218,31 @@ class Recipe:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise UsageError(f"unknown recipe field {unknown[0]!r:.60}: was it made by a newer version?")
-        values = dict(values)
-        if isinstance(values.get("milestones"), list):
-            values["milestones"] = tuple(values["milestones"])
-        return cls(**values)
+        several = {name: tuple(values[name]) for name in TUPLES if isinstance(values.get(name), list)}
+        return cls(**{**values, **several})
 
     def build_criterion(self) -> nn.Module:
-        """The training loss: cross-entropy, nats an image averaged over the batch."""
-        return nn.CrossEntropyLoss()
+        """The training loss: cross-entropy, nats an image averaged over the batch.
+
+        With label smoothing e, each target is (1 - e) of itself and e of the mean over all classes
+        (Szegedy et al. 2016, arXiv:1512.00567).
+        """
+        return nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
-        """SGD with Nesterov momentum over all parameters of `model`."""
+        """SGD with Nesterov momentum over all parameters of `model`.
+
+        Without `decay_bn`, vectors (BatchNorm's scales and shifts, biases) are a second group whose weight
+        decay is 0 (He et al. 2019, arXiv:1812.01187, section 3.1).
+        """
         device = next(model.parameters()).device
+        parameters: Any = model.parameters()
+        if not self.decay_bn:
+            matrices = [value for value in model.parameters() if value.ndim > 1]
+            vectors = [value for value in model.parameters() if value.ndim <= 1]
+            parameters = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return SGD(
-            model.parameters(),
+            parameters,
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
@@ -192,8 +256,11 @@ class Recipe:
 
         MultiStepLR's milestones are given in batches, so epochs 1 to 40 of 100 train at lr, 41 to 70 at
         lr x gamma, and so on; OneCycleLR (Smith & Topin 2017, arXiv:1708.07120) rises for 30 % of the
-        batches and anneals along a cosine.
+        batches and anneals along a cosine; cosine falls along one after its warm-up.
         """
+        if self.scheduler == "cosine":
+            warmup, total = self.warmup_epochs * batches_per_epoch, self.epochs * batches_per_epoch
+            return cosine_with_warmup(optimizer, warmup, total)
         if self.scheduler == "onecycle":
             return OneCycleLR(
                 optimizer,
@@ -204,19 +271,3 @@ class Recipe:
             )
         milestones = [epoch * batches_per_epoch for epoch in self.milestone_epochs]
         return MultiStepLR(optimizer, milestones, gamma=self.gamma)
-
-
-def _one_of(flag: str, value: object, known: Any) -> None:
-    if value not in known:
-        raise UsageError(f"{flag} {value!r:.60} is not known; choose from {', '.join(known)}")
-
-
-def _in_range(flag: str, value: float, low: float, high: float) -> None:
-    # written so that NaN is refused too
-    if not low <= value <= high:
-        raise UsageError(f"{flag} takes a value from {low:,} to {high:,}, not {_shown(value)}")
-
-
-def _shown(value: float) -> str:
-    """`value` for a message; Python refuses to write out integers of thousands of digits."""
-    return "a number with very many digits" if abs(value) > 1e20 and type(value) is int else str(value)

@@ -56,8 +56,11 @@ def find_recorded(state: Mapping[str, Any]) -> Recorded | None:
     """The test figures that a checkpoint holds of its own weights, or None."""
     epoch = weights_epoch(state)
     for row in history_rows(state):
-        if row["epoch"] == epoch and _has(row, HELD_OUT_COLUMNS["test"]):
-            return Recorded(f"the history's for epoch {epoch}", row["test_acc_percent"], row["test_loss"])
+        # a state to resume from holds the raw weights, other files the averaged ones where there are such
+        raw = state.get("kind") == "last" or "ema_test_loss" not in row
+        loss, accuracy = (name if raw else f"ema_{name}" for name in HELD_OUT_COLUMNS["test"])
+        if row["epoch"] == epoch and _has(row, (loss, accuracy)):
+            return Recorded(f"the history's for epoch {epoch}", row[accuracy], row[loss])
     tests = state.get("final_test")
     best = tests.get("best") if isinstance(tests, dict) else None
     if state.get("kind") == "results" and isinstance(best, dict):

@@ -52,6 +52,7 @@ class Run:
         extra: dict[str, Any] | None = None,
     ) -> None:
         self.files, self.recipe, self.model, self.step = files, recipe, model, step
+        self.averaging = step.strategies.averaging
         self.batches_per_epoch = batches_per_epoch
         self.interrupts = interrupts
         self.resume_command = resume_command
@@ -71,6 +72,11 @@ class Run:
     def choice(self) -> str:
         """ "val" where images are held out, else "test"."""
         return "val" if self.recipe.val_split else "test"
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network whose weights the run leaves: the averaged one where there is one."""
+        return self.averaging.network if self.averaging else self.model
 
     def state(self) -> dict[str, Any]:
         """Everything that going on exactly needs, as plain types and tensors."""
@@ -92,6 +98,7 @@ class Run:
             "best": self.best,
             "elapsed_s": self.elapsed_s,
             "versions": ckpt.versions(),
+            **({"average": self.averaging.state()} if self.averaging else {}),
             **self.extra,
         }
 
@@ -106,6 +113,8 @@ class Run:
             self.step.optimizer.load_state_dict(state["optimizer"])
             self._check_momentum()
             self.step.scheduler.load_state_dict(state["scheduler"])
+            if self.averaging:
+                self.averaging.restore(state["average"], source)
             self.epoch, self.batches_done = int(state["epoch"]), int(state["batches_done"])
             self.learning_rate = float(state["learning_rate"])
             if distributed.is_main():  # the stored sums are those of all processes
@@ -194,8 +203,13 @@ class Run:
         if finite and int(self.sums.bad_batch.item()) == Sums.NONE:
             self.save()
 
-    def finish_epoch(self, train: Metrics, chosen_on: Metrics) -> None:
-        """Add the epoch's row to the history and write everything that stands after an epoch."""
+    def finish_epoch(self, train: Metrics, chosen_on: Metrics, averaged: Metrics | None = None) -> None:
+        """Add the epoch's row to the history and write everything that stands after an epoch.
+
+        Args:
+            chosen_on: the network's figures on the split that the best epoch is chosen on.
+            averaged: likewise the averaged weights', which then are what is chosen and kept.
+        """
         row = {
             "epoch": self.epoch,
             "learning_rate": self.learning_rate,
@@ -204,11 +218,14 @@ class Run:
             f"{self.choice}_loss": chosen_on.loss,
             f"{self.choice}_acc_percent": chosen_on.accuracy_percent,
         }
+        if averaged is not None:
+            row[f"ema_{self.choice}_loss"] = averaged.loss
+            row[f"ema_{self.choice}_acc_percent"] = averaged.accuracy_percent
         self.history.append(row)
-        is_best = chosen_on.accuracy_percent > self.best["accuracy_percent"]
+        accuracy = row[f"{self.recipe.choice}_acc_percent"]
+        is_best = accuracy > self.best["accuracy_percent"]
         if is_best:
-            weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-            accuracy = chosen_on.accuracy_percent
+            weights = {k: v.detach().cpu().clone() for k, v in self.kept.state_dict().items()}
             self.best = {"epoch": self.epoch, "accuracy_percent": accuracy, "model": weights}
         LOG.info(self._epoch_line(row, is_best))
         self.epoch, self.batches_done = self.epoch + 1, 0
@@ -228,8 +245,11 @@ class Run:
             f"Train Loss: {row['train_loss']:.4f}, Train Acc: {row['train_acc_percent']:.2f}% - "
             f"{label} Loss: {row[f'{choice}_loss']:.4f}, {label} Acc: {accuracy:.2f}%"
         )
-        target = self.recipe.target_accuracy
-        earlier = [past[f"{choice}_acc_percent"] for past in self.history[:-1]]
+        target, column = self.recipe.target_accuracy, f"{self.recipe.choice}_acc_percent"
+        if self.averaging:
+            accuracy = row[column]
+            line += f", Averaged weights: {accuracy:.2f}%"
+        earlier = [past[column] for past in self.history[:-1]]
         if accuracy >= target and all(past < target for past in earlier):
             line += f" [target {target:g}% reached]"
         if is_best:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 import checkpoint as ckpt
 import distributed
 from analysis import analyse
+from beyond_reference import load_teacher, statistics_batches, test_average
 from cli import LOG, Interrupts, run_main, start_log
 from dataset import ImageData, Split, balanced_subset, train_val_split
 from device import choose_compile, choose_device, native_bf16, set_up_torch
@@ -31,18 +32,19 @@ from dialogue import answer_questions, choose_files, load_data, resume_command
 from engine import TrainStep, evaluate, train_one_epoch
 from errors import RunError, UsageError
 from files import RunLock, remove_leftovers
-from flags import DEFAULT_NAME, build_parser, check_against, recipe_from
+from flags import DEFAULT_NAME, build_parser, check_against, fill_in, recipe_from
 from model import build_model, count_parameters
 from recipe import Recipe
 from run import Interrupted, Run
 from run_files import RunFiles
+from strategies import build_strategies
 from tensorboard_log import TensorBoard
 from utils import choose_workers, make_test_batches, make_train_loader
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, then train; Ctrl-C and SIGTERM save what is needed to resume."""
-    args = build_parser().parse_args(argv)
+    args = fill_in(build_parser().parse_args(argv))
     interrupts = Interrupts()
     with interrupts.caught():
         try:
@@ -78,7 +80,7 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
             if state is not None:
                 files.put_damaged_aside()
         start_log(files.path("_log.txt"))
-        model = build_model(recipe.model, num_classes=len(data.classes))
+        model = build_model(recipe.model, num_classes=len(data.classes), **recipe.network_options)
         model = model.to(device, memory_format=torch.channels_last)
         if distributed.is_main():
             files.check_space(sum(value.nbytes for value in model.state_dict().values()))
@@ -98,6 +100,8 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
             if distributed.is_main():
                 files.remove_run()  # not before: the questions may be left by Ctrl-C
         run = start_run(args, recipe, data, model, len(loader), files, interrupts, state, source)
+        if run.averaging is not None:
+            run.averaging.bn_batches = statistics_batches(train_split, recipe, device)
         test_batches = make_test_batches(own_share(test_split), recipe.test_batch_size, device)
         val_batches = (
             make_test_batches(own_share(val_split), recipe.test_batch_size, device) if val_split else []
@@ -138,7 +142,7 @@ def train_epochs(
             title=f"test of epoch {run.epoch}/{recipe.epochs}",
             after_batch=run.after_test_batch,
         )
-        run.finish_epoch(train_metrics, test_metrics)
+        run.finish_epoch(train_metrics, test_metrics, test_average(run, chosen_on))
         after_epoch()
     run.stop_if_asked()
 
@@ -156,7 +160,7 @@ def finish(run: Run, test_batches: list[tuple]) -> None:
     """Write the results and say what the run came to; with held-out images, read the test set now."""
     tests = {}
     if run.recipe.val_split:
-        final = {name: value.clone() for name, value in run.model.state_dict().items()}
+        final = {name: value.clone() for name, value in run.kept.state_dict().items()}
         for key, weights in (("best", run.best["model"]), ("last", final)):
             run.model.load_state_dict(weights)
             tests[key] = evaluate(
@@ -252,7 +256,7 @@ def say_what_is_trained(
         f"{count_parameters(model):,} parameters | Data: {recipe.data_note}, "
         f"{len(train_split):,} train / {len(test_split):,} test | Recipe: SGD, batch "
         f"{recipe.batch_size}, weight decay {recipe.weight_decay:g}, {recipe.scheduler}, "
-        f"{recipe.augment} augmentation, seed {recipe.seed}"
+        f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.improvements_note}"
     )
     LOG.info(f"Command: {shlex.join(['python', *sys.argv])}")
     LOG.info("Versions: " + ", ".join(f"{k} {v}" for k, v in ckpt.versions().items()))
@@ -284,6 +288,13 @@ def start_run(
         precision=recipe.precision,
         compile_model=use_compile,
         sync_bn=args.sync_bn,
+        strategies=build_strategies(
+            recipe,
+            model,
+            classes=len(data.classes),
+            batches_per_epoch=batches_per_epoch,
+            teacher=load_teacher(recipe, data, device),
+        ),
     )
     run = Run(
         files,

@@ -51,6 +51,17 @@ def test_the_parser_is_built_the_same_in_any_environment(monkeypatch: pytest.Mon
     assert parse()[0].data_dir == Path("data")
 
 
+BEYOND = [
+    *("--warmup-epochs=2", "--label-smoothing=0.1", "--no-decay-bn", "--clip-norm=1", "--accumulate=2"),
+    *("--image-sizes", "24", "32", "--mix=both", "--mix-probability=0.5", "--mixup-alpha=0.3"),
+    *("--cutmix-alpha=0.5", "--ema-decay=0.9", "--sam=asam", "--sam-rho=0.5", "--teacher=t.pth"),
+    *("--distill-alpha=0.5", "--distill-temperature=2", "--zero-init-residual", "--drop-path=0.1"),
+    *("--dropout=0.3", "--scheduler=cosine", "--model=wrn_16_4"),
+]
+BEYOND_FIELDS = {part[2:].split("=")[0].replace("-", "_") for part in BEYOND if part[:2] == "--"}
+BEYOND_FIELDS = BEYOND_FIELDS - {"no_decay_bn", "scheduler", "model"} | {"decay_bn"}
+
+
 def test_each_recipe_flag_reaches_the_recipe() -> None:
     given_flags = {
         "model": ("resnet20",),
@@ -78,7 +89,11 @@ def test_each_recipe_flag_reaches_the_recipe() -> None:
         assert shown == text, name
     assert recipe.precision == "bf16"
     assert recipe_from(parse("--scheduler", "onecycle", "--max-lr", "0.4")[0], "fp32").max_lr == 0.4
-    untried = set(RECIPE_FIELDS) - set(given_flags) - {"precision", "max_lr", "augment"}
+    others = recipe_from(parse(*BEYOND)[0], "fp32")
+    assert all(getattr(others, name) != getattr(Recipe(), name) for name in BEYOND_FIELDS)
+    assert (others.image_sizes, others.decay_bn, others.zero_init_residual) == ((24, 32), False, True)
+    untried = set(RECIPE_FIELDS) - set(given_flags) - {"precision", "max_lr", "augment", "swa_start"}
+    untried -= BEYOND_FIELDS
     assert untried == set()
 
 
@@ -105,7 +120,20 @@ WRONG = [
     ("--checkpoint-every", ["0", "-1", "nan", "inf"]),
     ("--model", ["resnet57", "", "ResNet56"]),
     ("--dataset", ["cifar10", ""]),
-    ("--scheduler", ["cosine"]),
+    ("--scheduler", ["exponential"]),
+    ("--warmup-epochs", ["-1", "x"]),
+    ("--label-smoothing", ["-0.1", "1", "nan"]),
+    ("--clip-norm", ["-1", "inf", "nan"]),
+    ("--accumulate", ["0", "1.5"]),
+    ("--image-sizes", ["15", "33", "x"]),
+    ("--mix", ["cut", ""]),
+    ("--mix-probability", ["1.1", "nan"]),
+    ("--ema-decay", ["1", "-0.1", "nan"]),
+    ("--swa-start", ["0", "-1"]),
+    ("--sam", ["x"]),
+    ("--sam-rho", ["0", "nan"]),
+    ("--distill-temperature", ["0", "nan"]),
+    ("--drop-path", ["1", "nan"]),
     ("--device", ["gpu", "cuda:9"]),
     ("--precision", ["fp16"]),
     ("--name", ["", "a/b", "../x", ".hidden", "a b", "x" * 81, "ä", "a\nb", "-x"]),

@@ -14,13 +14,14 @@ MODULES = sorted(path.stem for path in REPOSITORY.glob("*.py"))
 RANKS = (
     {"errors", "sync_bn"},
     {"archive", "cores", "distributed", "fast_transforms", "files", "model", "synthetic"}
+    | {"distill", "mixing", "recipe_checks", "sam", "schedules"}
     | {"html_page", "image_files", "tensorboard_log", "lr_suggestion", "metrics"},
-    {"augment", "measuring", "checkpoint", "cli", "device", "download", "figures", "recipe"},
-    {"analysis", "dataset", "run_files", "flags", "plots", "report_plots", "eda_plots"},
-    {"eda", "exporting", "plain_recipe", "report", "trained", "utils"},
+    {"augment", "measuring", "checkpoint", "cli", "device", "download", "figures", "recipe", "recipes"},
+    {"analysis", "dataset", "run_files", "averaging", "flags_training", "plots", "report_plots", "eda_plots"},
+    {"eda", "exporting", "flags", "plain_recipe", "strategies", "report", "trained", "utils"},
     {"engine"},
     {"benchmark_pairs", "inference", "recorded", "run"},
-    {"dialogue"},
+    {"beyond_reference", "dialogue"},
     {"train", "evaluate", "predict", "benchmark", "export", "experiments", "hubconf"},
 )
 RANK_OF = {module: rank for rank, modules in enumerate(RANKS) for module in modules}

@@ -1,0 +1,51 @@
+"""What train.py does only for recipes beyond the reference's: test averaged weights, load a teacher."""
+
+import torch
+from torch import nn
+
+from dataset import ImageData, Split
+from engine import Metrics, evaluate
+from errors import RunError
+from recipe import Recipe
+from run import Run
+from trained import load_trained
+from utils import make_test_batches
+
+# Images, of the training set, that SWA's BatchNorm statistics are measured on after each epoch.
+STATISTICS_IMAGES = 5000
+
+
+def test_average(run: Run, chosen_on: list[tuple]) -> Metrics | None:
+    """The figures of the averaged weights on the same images; None where no average is kept."""
+    if run.averaging is None:
+        return None
+    run.averaging.refresh()
+    return evaluate(
+        run.averaging.network,
+        chosen_on,
+        precision=run.recipe.precision,
+        title="test of averaged weights",
+        after_batch=run.after_test_batch,
+    )
+
+
+def load_teacher(recipe: Recipe, data: ImageData, device: torch.device) -> nn.Module | None:
+    """The network that --teacher names; None without it.
+
+    Raises:
+        RunError: it cannot be loaded, or was trained on other classes.
+    """
+    if recipe.teacher is None:
+        return None
+    teacher = load_trained(recipe.teacher, device)
+    if teacher.classes != tuple(data.classes):
+        raise RunError(f"--teacher {recipe.teacher} knows other classes than {data.name} has")
+    return teacher.model
+
+
+def statistics_batches(split: Split, recipe: Recipe, device: torch.device) -> list[tuple]:
+    """The images that SWA's BatchNorm statistics are measured on: the same on every process, unaugmented."""
+    if recipe.swa_start is None:
+        return []
+    few = Split(split.images[:STATISTICS_IMAGES], split.labels[:STATISTICS_IMAGES])
+    return make_test_batches(few, recipe.batch_size, device)
