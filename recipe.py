@@ -186,8 +186,8 @@ class Recipe:
 
     @property
     def network_options(self) -> dict[str, float]:
-        """What `build_model` takes beside the name and the number of classes."""
-        return {name: getattr(self, name) for name in model_options(self.model)}
+        """What `build_model` takes beside the name and the number of classes; what is off is left out."""
+        return {name: getattr(self, name) for name in model_options(self.model) if getattr(self, name)}
 
     @property
     def data_note(self) -> str:
