@@ -150,25 +150,30 @@ class TrainStep:
     def _gradients(self, batch: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Leave the batch's gradients in the weights; return its summed loss and hits."""
         self.optimizer.zero_grad(set_to_none=True)
-        images, ranks = len(targets), distributed.world_size()
-        # What this process's mean loss counts in the mean over processes: 1, but for uneven last batches.
-        total = torch.tensor(float(images), device=self.device) if ranks > 1 else images
-        if ranks > 1:
-            total = distributed.sum_over_ranks(total)
-        share = images * ranks / total
+        images = len(targets)
+        share = self._share(images)
         pieces = self.strategies.accumulate
-        if pieces > 1:  # as many on every rank, each with an image at least
-            pieces = min(pieces, int(total) // ranks)
+        if (
+            pieces > 1
+        ):  # as many on every rank, each with an image at least: images / share is the ranks' mean
+            pieces = min(pieces, int(images / share + 1e-3))
         sums = []
         parts = zip(batch.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
         for number, (part, part_targets) in enumerate(parts, start=1):
-            waits = number == pieces or ranks == 1
+            waits = number == pieces or distributed.world_size() == 1
             with contextlib.nullcontext() if waits else self.model.no_sync():
                 loss, logits = self._piece(part, part_targets, share * (len(part) / images))
             # read before the next pass: CUDA graphs reuse the memory of `logits`
             sums.append((loss * len(part), soft_hits(logits.argmax(1), part_targets)))
         loss_sums, hits = zip(*sums, strict=True)
         return sum(loss_sums[1:], loss_sums[0]), sum(hits[1:], hits[0])
+
+    def _share(self, images: int) -> torch.Tensor | float:
+        """What this process's mean loss counts in the mean over processes: 1, but for uneven last batches."""
+        if distributed.world_size() == 1:
+            return 1.0
+        total = distributed.sum_over_ranks(torch.tensor(float(images), device=self.device))
+        return images * distributed.world_size() / total
 
     def _piece(
         self, batch: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | float
