@@ -54,24 +54,29 @@ def load_trained(path: str | Path, device: torch.device | str = "cpu") -> Traine
 
 
 def find_weights(output_dir: str | Path = "output") -> Path:
-    """The weights to use where none are named: of the runs in `output_dir` the best on real CIFAR-100 at full
-    size, else the carried weights.
+    """The weights to use where none are named.
+
+    The best run on CIFAR-100 in `output_dir` that used all images, else the carried weights, else the best
+    run on part of the images.
 
     Raises:
-        UsageError: there are neither.
+        UsageError: there are none of these.
     """
-    found: list[tuple[float, Path]] = []
+    whole: list[tuple[float, Path]] = []
+    partial: list[tuple[float, Path]] = []
     for path in sorted(Path(output_dir).glob("*_best.pth")):
         try:
             state = load_checkpoint(path)
-            recipe, accuracy = state["recipe"], float(state["accuracy_percent"])
-        except (RunError, KeyError, TypeError, ValueError):
+            recipe, accuracy = Recipe.from_dict(state["recipe"]), float(state["accuracy_percent"])
+        except (RunError, KeyError, TypeError, ValueError, AttributeError):
             continue  # a damaged or foreign file is not the best
-        whole = {"dataset": "cifar100", "limit_train": None, "limit_test": None}
-        if isinstance(recipe, dict) and all(recipe.get(key) == value for key, value in whole.items()):
-            found.append((accuracy, path))
-    if found:
-        return max(found)[1]
+        if recipe.dataset == "cifar100":
+            all_images = recipe.limit_train is None and recipe.limit_test is None
+            (whole if all_images else partial).append((accuracy, path))
+    if whole:
+        return max(whole)[1]
     if CARRIED_WEIGHTS.exists():
         return CARRIED_WEIGHTS
+    if partial:
+        return max(partial)[1]
     raise UsageError(f"no trained weights in {output_dir}: train first, or pass --weights FILE")

@@ -75,9 +75,12 @@ def warnings_logged() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())
+    level = LOG.level
+    LOG.setLevel(logging.INFO)  # whatever a test before this one left
     LOG.addHandler(handler)
     yield lines
     LOG.removeHandler(handler)
+    LOG.setLevel(level)
 
 
 # ---- training ----

@@ -151,7 +151,7 @@ def test_validation_and_averaged_weights_are_drawn_when_present() -> None:
     loss, accuracy, _, gap = plots.history_figure(rows, best_epoch=4).axes
     assert set(lines_by_label(loss)) == {"train", "validation", "test"}
     named = set(lines_by_label(accuracy))
-    assert named == {"train", "validation", "test", "test, averaged weights", "best epoch 4: 41.00 %"}
+    assert named == {"train", "validation", "test", "test, averaged weights", "best epoch 4: 50.00 %"}
     assert "train minus validation" in lines_by_label(gap)
 
 
