@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -257,19 +256,16 @@ def test_fault_a_loss_that_is_no_number_stops_the_run(driver: Driver, tmp_path: 
 # ---- memory ----
 
 
-def growth_kib(output: str) -> list[int]:
-    """How much the resident memory grew in each of the epochs 3 to 6."""
+def growth_kib(output: str) -> int:
     sizes = {int(epoch): int(size) for epoch, size in re.findall(r"RSS (\d+) (\d+)", output)}
-    return [sizes[epoch] - sizes[epoch - 1] for epoch in range(3, 7)]
+    return sizes[6] - sizes[2]
 
 
 def test_fault_memory_does_not_grow_from_epoch_2_to_6(driver: Driver, tmp_path: Path) -> None:
-    """A leak grows every epoch; the allocator takes a few MiB once, when the plots are drawn again."""
     flags = [*QUICK, "--epochs", "6", "--output-dir", tmp_path]
     code, output = driver.run(flags, tmp_path / "output", ["print_memory"])
-    growth = growth_kib(output)
-    assert code == 0 and statistics.median(growth) < 512 and sum(growth) < 16 * 1024, output
-    # and a leak of 3 MiB an epoch would show
+    assert code == 0 and growth_kib(output) < 2048, output
+    # and a leak of 1 MiB an epoch would show
     flags += ["--overwrite"]
-    code, output = driver.run(flags, tmp_path / "output 2", ["print_memory"], ["leak", 3])
-    assert code == 0 and statistics.median(growth_kib(output)) > 512, output
+    code, output = driver.run(flags, tmp_path / "output 2", ["print_memory"], ["leak", 1])
+    assert code == 0 and growth_kib(output) > 2048, output
