@@ -153,9 +153,8 @@ class TrainStep:
         images = len(targets)
         share = self._share(images)
         pieces = self.strategies.accumulate
-        if (
-            pieces > 1
-        ):  # as many on every rank, each with an image at least: images / share is the ranks' mean
+        if pieces > 1:
+            # as many on every rank, each with an image at least: images / share is the ranks' mean
             pieces = min(pieces, int(images / share + 1e-3))
         sums = []
         parts = zip(batch.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
