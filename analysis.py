@@ -21,7 +21,7 @@ def analyse(
         best_epoch: the epoch of the best accuracy, from 1.
         final_test: with held-out images, the test Metrics of the best and the last epoch; else empty.
     """
-    choice = recipe.choice
+    choice = recipe.kept_choice
     label = "validation" if recipe.val_split else "test"
     column = f"{choice}_acc_percent"
     best, last, first = history[best_epoch - 1], history[-1], history[0]

@@ -1,13 +1,16 @@
 """What train.py does only for recipes beyond the reference's: test averaged weights, load a teacher."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from dataset import ImageData, Split
 from engine import Metrics, evaluate
-from errors import RunError
+from errors import RunError, UsageError
 from recipe import Recipe
 from run import Run
+from run_files import RunFiles
 from trained import load_trained
 from utils import make_test_batches
 
@@ -29,14 +32,17 @@ def test_average(run: Run, chosen_on: list[tuple]) -> Metrics | None:
     )
 
 
-def load_teacher(recipe: Recipe, data: ImageData, device: torch.device) -> nn.Module | None:
+def load_teacher(recipe: Recipe, data: ImageData, device: torch.device, files: RunFiles) -> nn.Module | None:
     """The network that --teacher names; None without it.
 
     Raises:
         RunError: it cannot be loaded, or was trained on other classes.
+        UsageError: the run itself, which writes `files`, would replace it.
     """
     if recipe.teacher is None:
         return None
+    if Path(recipe.teacher).resolve() in [path.resolve() for path in files.checkpoints]:
+        raise UsageError(f"--teacher {recipe.teacher} would be replaced by this run: pass another --name")
     teacher = load_trained(recipe.teacher, device)
     if teacher.classes != tuple(data.classes):
         raise RunError(f"--teacher {recipe.teacher} knows other classes than {data.name} has")

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError('nothing to run: pass --recipes NAME ..., --run "NAME: FLAGS" or --networks')
     for name, flags in variants.items():
         for seed in args.seeds:
-            all_flags = [*flags, *shared, "--seed", str(seed)]
+            all_flags = [*shared, *flags, "--seed", str(seed)]  # the later of two flags counts
             run_once(run_files(args.output_dir, name, seed, all_flags), all_flags)
     table = results_table(args.output_dir, variants, args.seeds, shared)
     path = args.output_dir / "experiments.md"
@@ -136,7 +136,7 @@ def results_table(
         "|---|---|---|---|---|",
     ]
     for name, flags in variants.items():
-        runs = [run_files(folder, name, seed, [*flags, *shared]) for seed in seeds]
+        runs = [run_files(folder, name, seed, [*shared, *flags]) for seed in seeds]
         curves = [accuracies(run.path("_history.csv")) for run in runs]
         last, best = [curve[-1] for curve in curves], [max(curve) for curve in curves]
         shown = " ".join(flags) or "none"

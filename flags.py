@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
-from augment import AUGMENTATIONS
+from augment import AUGMENTATIONS, train_transform
 from cli import number, printable, whole_number
 from errors import UsageError
 from flags_training import add_improvement_flags
@@ -36,6 +36,15 @@ def plain_name(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"takes up to 80 letters, digits, '.', '_' or '-', not {printable(text)!r}"
         )
+    return text
+
+
+def augmentation(text: str) -> str:
+    """A flag type: the name of an augmentation, with its numbers where it takes some."""
+    try:
+        train_transform(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(printable(str(error), 200)) from None
     return text
 
 
@@ -159,8 +168,10 @@ def _add_recipe_flags(parser: Parser) -> None:
     )
     recipe.add_argument(
         "--augment",
-        choices=sorted(AUGMENTATIONS),
-        help="Albumentations pipeline (default: reference)",
+        type=augmentation,
+        metavar="NAME",
+        help=f"Albumentations pipeline (default: reference): {', '.join(sorted(AUGMENTATIONS))}; "
+        "randaugment:N,M for N operations of strength M of 30 (default of the two: 2,14)",
     )
     recipe.add_argument(
         "--batch-size",

@@ -157,7 +157,7 @@ class Recipe:
         return self.ema_decay > 0 or self.swa_start is not None
 
     @property
-    def choice(self) -> str:
+    def kept_choice(self) -> str:
         """The figures that the best epoch is chosen by, as the history's columns begin.
 
         "val" where images are held out, else "test"; "ema_" before it where the weights are averaged, for

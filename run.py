@@ -222,7 +222,7 @@ class Run:
             row[f"ema_{self.choice}_loss"] = averaged.loss
             row[f"ema_{self.choice}_acc_percent"] = averaged.accuracy_percent
         self.history.append(row)
-        accuracy = row[f"{self.recipe.choice}_acc_percent"]
+        accuracy = row[f"{self.recipe.kept_choice}_acc_percent"]
         is_best = accuracy > self.best["accuracy_percent"]
         if is_best:
             weights = {k: v.detach().cpu().clone() for k, v in self.kept.state_dict().items()}
@@ -245,7 +245,7 @@ class Run:
             f"Train Loss: {row['train_loss']:.4f}, Train Acc: {row['train_acc_percent']:.2f}% - "
             f"{label} Loss: {row[f'{choice}_loss']:.4f}, {label} Acc: {accuracy:.2f}%"
         )
-        target, column = self.recipe.target_accuracy, f"{self.recipe.choice}_acc_percent"
+        target, column = self.recipe.target_accuracy, f"{self.recipe.kept_choice}_acc_percent"
         if self.averaging:
             accuracy = row[column]
             line += f", Averaged weights: {accuracy:.2f}%"

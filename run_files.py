@@ -55,6 +55,11 @@ class RunFiles:
         return self.path("_training_results.pth")
 
     @property
+    def checkpoints(self) -> tuple[Path, ...]:
+        """Every checkpoint that the run may write."""
+        return (self.last, self.previous, self.damaged, self.best, self.results)
+
+    @property
     def taken(self) -> bool:
         """Whether a run of this name, finished or not, is here."""
         return any(path.exists() for path in (self.last, self.previous, self.best, self.results))
@@ -75,8 +80,7 @@ class RunFiles:
 
     def remove_run(self) -> None:
         """Delete an earlier run's checkpoints, so that nothing of it can be mixed up with the new one."""
-        kept = (self.last, self.previous, self.damaged, self.best, self.results)
-        for path in (*kept, self.path("_history.csv"), self.path("_training_plots.png")):
+        for path in (*self.checkpoints, self.path("_history.csv"), self.path("_training_plots.png")):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:

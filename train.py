@@ -95,11 +95,12 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
             world_size=distributed.world_size(),
             pin_memory=device.type == "cuda",
         )
+        teacher = load_teacher(recipe, data, device, files)  # first: a missing one must cost nothing
         if state is None:
             recipe = answer_questions(args, recipe, model, loader, files)
             if distributed.is_main():
                 files.remove_run()  # not before: the questions may be left by Ctrl-C
-        run = start_run(args, recipe, data, model, len(loader), files, interrupts, state, source)
+        run = start_run(args, recipe, data, model, teacher, len(loader), files, interrupts, state, source)
         if run.averaging is not None:
             run.averaging.bn_batches = statistics_batches(train_split, recipe, device)
         test_batches = make_test_batches(own_share(test_split), recipe.test_batch_size, device)
@@ -267,6 +268,7 @@ def start_run(
     recipe: Recipe,
     data: ImageData,
     model: nn.Module,
+    teacher: nn.Module | None,
     batches_per_epoch: int,
     files: RunFiles,
     interrupts: Interrupts,
@@ -293,7 +295,7 @@ def start_run(
             model,
             classes=len(data.classes),
             batches_per_epoch=batches_per_epoch,
-            teacher=load_teacher(recipe, data, device),
+            teacher=teacher,
         ),
     )
     run = Run(

@@ -2,7 +2,11 @@
 
 import builtins
 import io
+import platform
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import device
 from device import choose_compile, choose_device, native_bf16, set_up_torch
 from errors import UsageError
 
+REPOSITORY = Path(device.__file__).resolve().parent
 CPU = torch.device("cpu")
 
 
@@ -116,6 +121,28 @@ def test_one_seed_seeds_every_generator() -> None:
 
     assert draw(5) == draw(5)
     assert all(a != b for a, b in zip(draw(5), draw(6), strict=True))
+
+
+FAULTS = """
+import resource, sys, torch, device
+if sys.argv[1] == "keep":
+    assert device.keep_freed_memory()
+for step in range(30):
+    if step == 20:  # the heap has its size by then
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(48 << 20, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is meant")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        return int(done.stdout)
+
+    assert faults("keep") < 100 < 1000 < faults("as it is")  # 10 times 48 MiB are 122,880 pages
 
 
 def test_determinism_is_switched_on_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

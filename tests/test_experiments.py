@@ -46,7 +46,7 @@ def test_every_run_is_made_once_and_the_table_holds_mean_and_deviation(stub: Stu
     assert len(stub.commands) == 4
     assert stub.commands[0] == [
         *("--yes", "--no-lr-finder", "--output-dir", str(tmp_path), "--name", "mine-seed1"),
-        *("--mix", "mixup", "--epochs", "2", "--seed", "1"),
+        *("--epochs", "2", "--mix", "mixup", "--seed", "1"),  # the run's own flags win
     ]
     table = (tmp_path / "experiments.md").read_text()
     assert "| fast | `--recipe fast` | 2 | 20.00 ± 14.14 | 21.00 ± 14.14 |" in table

@@ -97,6 +97,10 @@ def test_each_recipe_flag_reaches_the_recipe() -> None:
     assert untried == set()
 
 
+def test_an_augmentation_takes_its_numbers_with_it() -> None:
+    assert recipe_from(parse("--augment", "randaugment:1,9")[0], "fp32").augment == "randaugment:1,9"
+
+
 def test_every_recipe_field_has_its_flag() -> None:
     assert {f"--{name.replace('_', '-')}" for name in RECIPE_FIELDS} <= set(FLAGS)
 
@@ -121,6 +125,7 @@ WRONG = [
     ("--model", ["resnet57", "", "ResNet56"]),
     ("--dataset", ["cifar10", ""]),
     ("--scheduler", ["exponential"]),
+    ("--augment", ["", "randaugment:", "randaugment:2", "randaugment:0,9", "standard:1,2", "x" * 1000]),
     ("--warmup-epochs", ["-1", "x"]),
     ("--label-smoothing", ["-0.1", "1", "nan"]),
     ("--clip-norm", ["-1", "inf", "nan"]),

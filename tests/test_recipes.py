@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from driver import QUICK, Driver, digests
 
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from errors import UsageError
 from flags import build_parser, fill_in, recipe_from
 from recipe import Recipe
@@ -131,6 +131,17 @@ def test_a_teacher_is_learnt_from_and_must_know_the_same_classes(driver: Driver,
     first = load_checkpoint(tmp_path / "CNN_Model_best.pth")["history"][0]
     student = load_checkpoint(tmp_path / "student_best.pth")["history"][0]
     assert student["train_loss"] != first["train_loss"]
-    flags[flags.index("--teacher") + 1] = tmp_path / "none.pth"
-    code, output = driver.run([*flags, "--name", "other"], tmp_path / "output")
-    assert code == 1 and "none.pth" in output and "Traceback" not in output
+    other = load_checkpoint(tmp_path / "CNN_Model_best.pth")
+    other["classes"] = other["classes"][::-1]
+    save_checkpoint(tmp_path / "other_classes.pth", other)
+    before = digests(tmp_path)
+    for path, code, message in (
+        ("none.pth", 1, "none.pth"),
+        ("other_classes.pth", 1, "knows other classes"),
+        ("CNN_Model_best.pth", 2, "pass another --name"),
+    ):
+        flags[flags.index("--teacher") + 1] = tmp_path / path
+        named = [*flags, "--name", "CNN_Model", "--overwrite"]
+        got, output = driver.run(named, tmp_path / "output")
+        assert got == code and message in output and "Traceback" not in output
+        assert digests(tmp_path) == before  # nothing of the earlier run is lost
