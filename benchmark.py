@@ -4,39 +4,29 @@
     python benchmark.py --quick --json speed.json     fewer rounds; the same as JSON
     python benchmark.py --batch-sizes 32 128 512 4096
 
-Both sides are measured in turn in one run; the project's side calls the very functions that train.py calls.
-Nothing is kept: the weights are thrown away and no file is written but that of --json.
+Both sides are measured in turn in one run, the plain one in a process of its own; the project's side calls
+the very functions that train.py calls. Nothing is kept: the weights are thrown away, and no file is written
+but that of --json.
 """
 
-import argparse
 import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from benchmark_pairs import (
-    EPOCH_IMAGES,
-    SEED,
-    TRAIN_PER_TEST,
-    Setting,
-    Trainer,
-    epoch_pair,
-    evaluation_pair,
-    loader_pair,
-    step_pair,
-)
-from cli import progress_bar, run_main, whole_number
+from benchmark_pairs import make_step, project_works
+from benchmark_setting import EPOCH_IMAGES, SEED, TRAIN_PER_TEST, Setting, build_parser, setting_of
+from cli import progress_bar, run_main
 from dataset import DatasetUnavailable, ImageData, Split, load_dataset
-from device import choose_compile, choose_device, native_bf16, set_up_torch
+from device import set_up_torch
 from errors import RunError, UsageError
 from files import atomic_write_text
-from flags import Parser, add_data_folder
 from measuring import (
     Pair,
     convolution_peak,
@@ -46,12 +36,10 @@ from measuring import (
     measure,
     step_bytes,
     summary,
+    timed,
 )
-from model import MODELS, count_macs
-from recipe import Recipe
-from utils import choose_workers
-
-REFERENCE_EPOCHS = 100  # --compile auto decides as for a run of so many epochs
+from model import count_macs
+from plain_side import PlainSide
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,75 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     data, note = load_images(args.data_dir, setting.images, setting.test_images)
     with torch.random.fork_rng(devices=[]):
         set_up_torch(SEED, setting.device, deterministic=False)
-        result = run(setting, data, args.batch_sizes or [])
+        result = run(setting, data)
     result["machine"]["data"] = note
     print(table(result, setting))
     if args.json:
         atomic_write_text(args.json, json.dumps(result, indent=2) + "\n")
         print(f"\nJSON: {args.json}")
     return 0
-
-
-def build_parser() -> Parser:
-    """The parser of benchmark.py."""
-    parser = Parser(
-        prog="benchmark.py",
-        description="Measure this machine's training speed against the plain recipe (fp32, NCHW, eager).",
-        allow_abbrev=False,
-    )
-    count = functools.partial(parser.add_argument, type=whole_number(1), metavar="N")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under 3 minutes on 2 CPU cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--model", metavar="NAME", choices=sorted(MODELS), default="resnet56", help="network")
-    count("--batch-size", default=128, help="images a training step (default: 128)")
-    count(
-        "--batch-sizes", nargs="+", help="measure the training step at these sizes too, such as 32 128 4096"
-    )
-    count("--images", help="training images of one measured epoch (default: 1024, quick 512; CUDA 50000)")
-    count("--rounds", help="measurements of each figure (default: 7, quick 3)")
-    parser.add_argument(
-        "--workers", type=whole_number(0, 256), metavar="N", help="loader processes (default: as train.py)"
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where (default: auto)"
-    )
-    parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as train.py's (default: auto)"
-    )
-    parser.add_argument(
-        "--compile", choices=("auto", "on", "off"), default="auto", help="as train.py's (default: auto)"
-    )
-    add_data_folder(parser.add_argument_group("data"))
-    return parser
-
-
-def setting_of(args: argparse.Namespace) -> Setting:
-    """What the flags come to on this machine.
-
-    Raises:
-        UsageError: an epoch would be smaller than a batch.
-    """
-    device = choose_device(args.device)
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if native_bf16(device) else "fp32"
-    images = args.images or (EPOCH_IMAGES if device.type == "cuda" else 512 if args.quick else 1024)
-    if not args.batch_size <= images <= EPOCH_IMAGES:
-        raise UsageError(
-            f"--images {images} is not from the batch size, {args.batch_size}, to {EPOCH_IMAGES}"
-        )
-    recipe = Recipe(model=args.model, batch_size=args.batch_size, lr=0.01, precision=precision)
-    use_compile, _ = choose_compile(args.compile, device, precision, REFERENCE_EPOCHS * EPOCH_IMAGES, None)
-    return Setting(
-        recipe,
-        device,
-        use_compile,
-        choose_workers(device.type) if args.workers is None else args.workers,
-        rounds=args.rounds or (3 if args.quick else 7),
-        images=images,
-        step_images=min(images, 256) if device.type == "cpu" else images // 4,
-        peak_s=1.0 if args.quick else 3.0,
-    )
 
 
 def load_images(data_dir: Path, count: int, test_count: int) -> tuple[tuple[Split, Split], str]:
@@ -155,20 +81,20 @@ def load_images(data_dir: Path, count: int, test_count: int) -> tuple[tuple[Spli
     return splits, "random images (CIFAR-100 is not there)"
 
 
-def run(setting: Setting, data: tuple[Split, Split], batch_sizes: list[int]) -> dict:
+def run(setting: Setting, data: tuple[Split, Split]) -> dict:
     """Measure everything; the figures as the JSON has them."""
-    trainers = Trainer(setting, plain=True), Trainer(setting, plain=False)
-    pairs = [loader_pair(setting, data[0], workers) for workers in sorted({0, setting.workers})]
-    pairs.append(step_pair(setting, trainers, data[0], setting.recipe.batch_size))
-    pairs.append(evaluation_pair(setting, trainers, data[1]))
-    pairs.append(epoch_pair(setting, trainers, data))
-    steps = [step_pair(setting, trainers, data[0], size) for size in batch_sizes]
-    total = 2 * len(pairs + steps) * (setting.rounds + 1) + 3
-    with progress_bar(total=total, desc="benchmark", unit="run") as bar:
-        machine = describe_machine(setting.device)
-        machine |= measure_peaks(setting, bar.update)
-        measure(pairs + steps, setting.rounds, setting.device, bar.update)
-    return figures(setting, pairs, steps, trainers[1].model, machine)
+    with PlainSide(setting, data) as plain:
+        step = make_step(setting)
+        pairs = {
+            name: Pair(functools.partial(plain.measure, name), functools.partial(timed, work, setting.device))
+            for name, work in project_works(setting, data, step).items()
+        }
+        total = 2 * len(pairs) * (setting.rounds + 1) + 3
+        with progress_bar(total=total, desc="benchmark", unit="run") as bar:
+            machine = describe_machine(setting.device)
+            machine |= measure_peaks(setting, bar.update)
+            measure(list(pairs.values()), setting.rounds, bar.update)
+    return figures(setting, pairs, step.model, machine)
 
 
 def measure_peaks(setting: Setting, after_sample: Callable[[], object]) -> dict[str, float]:
@@ -185,26 +111,26 @@ def measure_peaks(setting: Setting, after_sample: Callable[[], object]) -> dict[
     return peaks
 
 
-def figures(setting: Setting, pairs: list[Pair], steps: list[Pair], model: nn.Module, machine: dict) -> dict:
+def figures(setting: Setting, pairs: Mapping[str, Pair], model: nn.Module, machine: dict) -> dict:
     """The measurements as the JSON has them: the project's figures and their ratio to the plain ones."""
     own_cpu = setting.device.type == "cpu" and setting.workers == 0
-    first, step, evaluation, epoch = pairs[0], *pairs[-3:]
-    total = summary(pairs[-4].samples)
-    per_core = summary(first.samples, per_core=True)
+    recipe = setting.recipe
+    total = summary(pairs[f"loader {setting.workers}"].samples)
+    per_core = summary(pairs["loader 0"].samples, per_core=True)
     loader = per_core | {key: value for key, value in total.items() if key not in per_core}
     loader |= {"total_ratio": total["ratio"], "workers": setting.workers}
-    entry = summary(step.samples, own_cpu=setting.device.type == "cpu")
+    entry = summary(pairs[f"step {recipe.batch_size}"].samples, own_cpu=setting.device.type == "cpu")
     return {
         "loader": loader,
         "step": entry | achieved(entry, setting, model, machine),
-        "evaluation": summary(evaluation.samples, own_cpu=own_cpu),
-        "epoch": with_seconds(summary(epoch.samples, own_cpu=own_cpu), setting),
-        "batch_sizes": {pair.name.split()[1]: summary(pair.samples) for pair in steps},
+        "evaluation": summary(pairs["evaluation"].samples, own_cpu=own_cpu),
+        "epoch": with_seconds(summary(pairs["epoch"].samples, own_cpu=own_cpu), setting),
+        "batch_sizes": {str(size): summary(pairs[f"step {size}"].samples) for size in setting.sizes},
         "machine": machine,
         "setting": {
-            "model": setting.recipe.model,
-            "batch_size": setting.recipe.batch_size,
-            "precision": setting.recipe.precision,
+            "model": recipe.model,
+            "batch_size": recipe.batch_size,
+            "precision": recipe.precision,
             "compile": setting.compile,
             "rounds": setting.rounds,
             "epoch_train_images": setting.images,

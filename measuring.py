@@ -47,11 +47,10 @@ class Sample:
 
 @dataclass
 class Pair:
-    """A thing to measure, the plain way and the project's; each call does it once, and counts its images."""
+    """A thing to measure, the plain way and the project's; each call does it once."""
 
-    name: str
-    plain: Callable[[], int]
-    project: Callable[[], int]
+    plain: Callable[[], Sample]
+    project: Callable[[], Sample]
     samples: list[tuple[Sample, Sample]] = field(default_factory=list)  # (plain, project) of each round
 
 
@@ -72,9 +71,7 @@ def timed(work: Callable[[], int], device: torch.device) -> Sample:
     return Sample(images, time.perf_counter() - wall_s, max(time.process_time() - cpu_s, 1e-9))
 
 
-def measure(
-    pairs: Sequence[Pair], rounds: int, device: torch.device, after_sample: Callable[[], object]
-) -> None:
+def measure(pairs: Sequence[Pair], rounds: int, after_sample: Callable[[], object]) -> None:
     """Measure every pair `rounds` times, plain and project in turn, after one unmeasured run of each.
 
     In turn, so that a slow minute of the machine falls on both sides. `after_sample` is called after every
@@ -84,7 +81,7 @@ def measure(
         for pair in pairs:
             samples = []
             for work in (pair.plain, pair.project):
-                samples.append(timed(work, device))
+                samples.append(work())
                 after_sample()
             if number:
                 pair.samples.append((samples[0], samples[1]))

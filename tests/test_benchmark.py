@@ -1,6 +1,7 @@
 """benchmark.py: its JSON, its arithmetic, and that it measures the project's own functions."""
 
 import json
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import benchmark
 import benchmark_pairs
 import measuring
 import plain_recipe
+import plain_side
+from benchmark_setting import Setting, build_parser, setting_of
 from cli import run_main
 from dataset import Split
-from errors import UsageError
+from errors import RunError, UsageError
 from measuring import Pair, Sample
 from model import build_model, count_macs
 
@@ -33,21 +36,16 @@ def small_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "CONVOLUTIONS", ((2, 16, 8),))
 
 
-def sample(rate: float, core_rate: float | None = None) -> Sample:
-    return Sample(100, 100 / rate, 100 / (core_rate or rate))
-
-
-def test_the_command_gives_a_table_and_the_same_as_json(
-    small_peaks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """One run: the schema, the calls to the project's functions, and nothing left behind."""
-    calls: Counter[str] = Counter()
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each of the functions of interest was called in this process."""
+    counts: Counter[str] = Counter()
 
     def counted(owner: object, name: str) -> None:
         original = getattr(owner, name)
 
         def call(*args: object, **options: object) -> object:
-            calls[name] += 1
+            counts[name] += 1
             return original(*args, **options)
 
         monkeypatch.setattr(owner, name, call)
@@ -56,6 +54,31 @@ def test_the_command_gives_a_table_and_the_same_as_json(
         counted(benchmark_pairs, name)
     counted(benchmark_pairs.TrainStep, "__call__")
     counted(plain_recipe, "train_step")
+    return counts
+
+
+def tiny_setting(*flags: str) -> Setting:
+    return setting_of(build_parser().parse_args([*TINY, *flags]))
+
+
+def tiny_data() -> tuple[Split, Split]:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    return Split(images, np.arange(20)), Split(images[:4], np.arange(4))
+
+
+def sample(rate: float, core_rate: float | None = None) -> Sample:
+    return Sample(100, 100 / rate, 100 / (core_rate or rate))
+
+
+def test_the_command_gives_a_table_and_the_same_as_json(
+    small_peaks: None,
+    calls: Counter[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """One run: the schema, the calls to the project's functions, and nothing left behind."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(7)
     random_state = torch.get_rng_state()
@@ -65,9 +88,10 @@ def test_the_command_gives_a_table_and_the_same_as_json(
     runs = 3  # two rounds and the unmeasured one
     assert calls["train_one_epoch"] == runs
     assert calls["evaluate"] == 2 * runs  # alone, and in the epoch
-    # two steps of 10, five of 4, and the epoch's two: as many on either side
-    assert calls["__call__"] == calls["train_step"] == (2 + 5 + 2) * runs
-    assert calls["make_train_loader"] == 2 and calls["make_test_batches"] == 2
+    assert calls["__call__"] == (2 + 5 + 2) * runs  # two steps of 10, five of 4, and the epoch's two
+    assert calls["train_step"] == 0  # the plain recipe's are another process's
+    assert calls["make_train_loader"] == calls["make_test_batches"] == 1
+    assert not multiprocessing.active_children()
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
 
@@ -91,6 +115,29 @@ def test_the_command_gives_a_table_and_the_same_as_json(
         assert words in printed
     assert f"{result['step']['ratio']:.2f}" in printed
     assert max(len(line) for line in printed.splitlines()) <= 120
+
+
+def test_both_sides_do_the_same_work_under_the_same_names(calls: Counter[str]) -> None:
+    setting, data = tiny_setting("--batch-sizes", "4", "10"), tiny_data()
+    plain = plain_side.plain_works(setting, data)
+    project = benchmark_pairs.project_works(setting, data, benchmark_pairs.make_step(setting))
+    assert list(plain) == list(project) == ["loader 0", "step 10", "step 4", "evaluation", "epoch"]
+    for name, work in plain.items():
+        calls.clear()
+        assert work() == project[name]()
+        assert (
+            calls["train_step"] == calls["__call__"] == {"step 10": 2, "step 4": 5, "epoch": 2}.get(name, 0)
+        )
+
+
+def test_the_plain_sides_errors_are_one_line() -> None:
+    with plain_side.PlainSide(tiny_setting(), tiny_data()) as plain:
+        assert plain.measure("evaluation").images == 4
+        with pytest.raises(RunError, match="the plain recipe failed: KeyError: 'no such work'"):
+            plain.measure("no such work")
+        with pytest.raises(RunError, match="the plain recipe's process ended with exit code 0"):
+            plain.measure("evaluation")
+    assert not multiprocessing.active_children()
 
 
 def test_ratio_is_of_medians_and_spread_of_rounds() -> None:
@@ -117,13 +164,13 @@ def test_processor_time_is_kept_apart_from_the_clock() -> None:
 def test_rounds_are_interleaved_and_the_first_is_not_counted() -> None:
     order: list[str] = []
 
-    def work(name: str) -> int:
+    def work(name: str) -> Sample:
         order.append(name)
-        return 1
+        return sample(1)
 
-    pairs = [Pair(n, lambda n=n: work(n + " plain"), lambda n=n: work(n + " project")) for n in "ab"]
+    pairs = [Pair(lambda n=n: work(n + " plain"), lambda n=n: work(n + " project")) for n in "ab"]
     ticks: list[object] = []
-    measuring.measure(pairs, 2, torch.device("cpu"), lambda: ticks.append(None))
+    measuring.measure(pairs, 2, lambda: ticks.append(None))
     assert order == ["a plain", "a project", "b plain", "b project"] * 3
     assert [len(pair.samples) for pair in pairs] == [2, 2]
     assert len(ticks) == 2 * 2 * 3
@@ -135,7 +182,7 @@ def test_flops_and_bytes_of_a_step() -> None:
     assert measuring.step_bytes(model, 4) == 3 * 4 * moved
     assert model.training and int(model[1].num_batches_tracked) == 0
     network = build_model("resnet20")
-    setting = benchmark.setting_of(benchmark.build_parser().parse_args(TINY))
+    setting = tiny_setting()
     machine = {"convolution_gflop_per_s": 100.0, "matrix_gflop_per_s": 200.0, "copy_gbyte_per_s": 10.0}
     got = benchmark.achieved({"images_per_s": 1000.0}, setting, network, machine)
     assert got["gflop_per_s"] == pytest.approx(6 * count_macs(network) * 1000 / 1e9)
@@ -156,7 +203,7 @@ def test_plain_side_is_the_reference_recipe_a_sample_at_a_time() -> None:
     images, labels = next(iter(plain_recipe.make_loader(split, 4, train=False)))
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.float32 and images.is_contiguous()
     assert labels.tolist() == [0, 1, 2, 3]
-    expected = benchmark_pairs.normalize(torch.from_numpy(split.images[:4]))
+    expected = plain_side.normalize(torch.from_numpy(split.images[:4]))
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     names = [type(step).__name__ for step in plain_recipe.train_pipeline().transforms]
     assert names == [

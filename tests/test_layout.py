@@ -19,9 +19,9 @@ RANKS = (
     {"augment", "measuring", "checkpoint", "cli", "device", "download", "figures", "recipe", "recipes"},
     {"analysis", "dataset", "run_files", "averaging", "flags_training", "plots", "report_plots", "eda_plots"},
     {"eda", "exporting", "flags", "plain_recipe", "strategies", "report", "trained", "utils"},
-    {"engine"},
-    {"benchmark_pairs", "inference", "recorded", "run"},
-    {"beyond_reference", "dialogue"},
+    {"engine", "benchmark_setting"},
+    {"plain_side", "inference", "recorded", "run"},
+    {"beyond_reference", "dialogue", "benchmark_pairs"},
     {"train", "evaluate", "predict", "benchmark", "export", "experiments", "hubconf"},
 )
 RANK_OF = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
