@@ -128,20 +128,24 @@ def results_table(
     lines = [
         f"Accuracy in percent over {len(seeds)} seed{'s' * (len(seeds) > 1)} "
         f"({', '.join(map(str, seeds))}): mean ± standard deviation. The best epoch was chosen by the "
-        "figures shown, which flatters it.",
+        "figures shown, which flatters it. The difference is between last epochs, seed by seed, to the "
+        "first run.",
         "",
         f"Flags of every run: `{' '.join(shared) or 'none'}`.",
         "",
-        "| run | flags | epochs | last epoch | best epoch |",
-        "|---|---|---|---|---|",
+        "| run | flags | epochs | last epoch | best epoch | difference |",
+        "|---|---|---|---|---|---|",
     ]
+    first: list[float] | None = None
     for name, flags in variants.items():
         runs = [run_files(folder, name, seed, [*shared, *flags]) for seed in seeds]
         curves = [accuracies(run.path("_history.csv")) for run in runs]
         last, best = [curve[-1] for curve in curves], [max(curve) for curve in curves]
         shown = " ".join(flags) or "none"
-        lines.append(f"| {name} | `{shown}` | {len(curves[0])} | {mean_and_deviation(last)} | ")
-        lines[-1] += f"{mean_and_deviation(best)} |"
+        cells = [name, f"`{shown}`", str(len(curves[0])), mean_and_deviation(last), mean_and_deviation(best)]
+        gains = [a - b for a, b in zip(last, first, strict=True)] if first else None
+        lines.append(f"| {' | '.join([*cells, mean_and_deviation(gains, '+') if gains else ''])} |")
+        first = first or last
     return "\n".join(lines) + "\n"
 
 
@@ -160,9 +164,9 @@ def accuracies(history: Path) -> list[float]:
         raise RunError(f"{history} is no history of train.py: delete the run's files and repeat") from None
 
 
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """ "71.20 ± 0.31"; one value has no deviation (of a sample: n - 1)."""
-    mean = f"{statistics.fmean(values):.2f}"
+def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
+    """ "71.20 ± 0.31"; one value has no deviation (of a sample: n - 1). With `sign` "+": "+1.20 ± 0.31"."""
+    mean = f"{statistics.fmean(values):{sign}.2f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 

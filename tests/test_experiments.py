@@ -25,7 +25,8 @@ class Stub:
             name = command[command.index("--name") + 1]
             folder = Path(command[command.index("--output-dir") + 1])
             folder.mkdir(parents=True, exist_ok=True)
-            accuracy = 10.0 * int(command[command.index("--seed") + 1])
+            seed = int(command[command.index("--seed") + 1])
+            accuracy = (8.0 if "fast" in command else 10.0) * seed
             rows = [HEADER, f"1,0.1,3,1,3,{accuracy + 1}", f"2,0.1,3,1,3,{accuracy}"]
             (folder / f"{name}_history.csv").write_text("\n".join(rows) + "\n")
             (folder / f"{name}_training_results.pth").touch()
@@ -49,8 +50,9 @@ def test_every_run_is_made_once_and_the_table_holds_mean_and_deviation(stub: Stu
         *("--epochs", "2", "--mix", "mixup", "--seed", "1"),  # the run's own flags win
     ]
     table = (tmp_path / "experiments.md").read_text()
-    assert "| fast | `--recipe fast` | 2 | 20.00 ± 14.14 | 21.00 ± 14.14 |" in table
-    assert "| mine | `--mix mixup` | 2 |" in table and "`--epochs 2`" in table
+    assert "| fast | `--recipe fast` | 2 | 16.00 ± 11.31 | 17.00 ± 11.31 | -4.00 ± 2.83 |" in table
+    assert "| mine | `--mix mixup` | 2 | 20.00 ± 14.14 | 21.00 ± 14.14 |  |" in table
+    assert "`--epochs 2`" in table
     experiments.main(argv)
     assert len(stub.commands) == 4  # all are finished
 
@@ -86,6 +88,7 @@ def test_averaged_weights_and_held_out_images_come_first(tmp_path: Path) -> None
 def test_one_seed_has_no_deviation() -> None:
     assert experiments.mean_and_deviation([70.0]) == "70.00"
     assert experiments.mean_and_deviation([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert experiments.mean_and_deviation([1.0, 2.0, 3.0], "+") == "+2.00 ± 1.00"
 
 
 def test_the_networks_are_listed_with_parameters_and_macs() -> None:
