@@ -7,11 +7,13 @@ single flipped bit is found here before anything is unpickled.
 
 import hashlib
 import io
+import os
 import pickletools
 import platform
 import random
 import re
 import struct
+import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -228,3 +230,15 @@ def versions() -> dict[str, str]:
         except ImportError:  # PackageNotFoundError is one: another build of OpenCV, say
             found[package] = "unknown"
     return found
+
+
+def commit() -> str:
+    """The commit of this code, with "-dirty" where its files differ from it; "unknown" without git."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
+    only_here = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # not the repository around it
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=only_here)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

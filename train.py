@@ -260,7 +260,8 @@ def say_what_is_trained(
         f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.improvements_note}"
     )
     LOG.info(f"Command: {shlex.join(['python', *sys.argv])}")
-    LOG.info("Versions: " + ", ".join(f"{k} {v}" for k, v in ckpt.versions().items()))
+    versions = {"code": ckpt.commit(), **ckpt.versions()}
+    LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
 def start_run(
@@ -309,6 +310,7 @@ def start_run(
         checkpoint_every_s=60 * args.checkpoint_every,
         extra={
             "compile": use_compile,
+            "commit": ckpt.commit(),
             "classes": list(data.classes),
             "superclasses": list(data.superclasses),
             "superclass_of": data.superclass_of.tolist(),

@@ -155,7 +155,7 @@ def test_the_first_line_says_what_is_trained(finished: Finished) -> None:
         "reference augmentation, seed 0",
     ):
         assert words in first
-    for words in ("Command: python ", "Versions: python ", f"torch {version('torch')}"):
+    for words in ("Command: python ", "Versions: code ", f"torch {version('torch')}"):
         assert words in finished.out
 
 
