@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,3 +124,33 @@ def install_tiny_cifar(monkeypatch: pytest.MonkeyPatch, contents: dict[str, dict
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
     return tiny
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """train.main() on stand-ins, without plots, in an empty folder; standard input is at its end."""
+    from stand_ins import forget_log, stand_in
+
+    stand_in(monkeypatch, plots=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    yield monkeypatch
+    forget_log()
+
+
+@pytest.fixture
+def finder(quick: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for the LR finder and suggests 0.02; the list says whether it ran."""
+    import dialogue
+    from lr_suggestion import LRFinderResult
+
+    ran: list[str] = []
+
+    def find_lr(*_: object, **__: object) -> LRFinderResult:
+        ran.append("ran")
+        rates, losses = np.logspace(-4, 0, 30).tolist(), np.linspace(5, 4, 30).tolist()
+        return LRFinderResult(rates, losses, losses, 0.02, "steepest descent of the smoothed loss")
+
+    quick.setattr(dialogue, "find_lr", find_lr)
+    quick.setattr(dialogue, "plot_lr_finder", lambda *arguments, **_: arguments[3])
+    return ran
