@@ -173,3 +173,11 @@ def good_checkpoint(run_state: dict[str, Any], tmp_path_factory: pytest.TempPath
     path = tmp_path_factory.mktemp("good") / "run_last.pth"
     save_checkpoint(path, run_state)
     return path
+
+
+@pytest.fixture
+def fixed_seed() -> None:
+    """The test's draws from torch's global generator are the same each time."""
+    import torch
+
+    torch.manual_seed(1234)
