@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("checkpoint_files")  # its asserts explain themselves too
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# In front of a script: cli without torch, which takes seconds to import, for scripts of one process.
+WITHOUT_TORCH = """
+import sys, types
+sys.modules["distributed"] = types.SimpleNamespace(
+    is_main=lambda: True, from_main=lambda value: value, stop=lambda: None
+)
+"""
+
 
 @pytest.fixture(scope="session")
 def real_data_dir() -> Path:
