@@ -189,3 +189,13 @@ def fixed_seed() -> None:
     import torch
 
     torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="module")
+def bright_images() -> np.ndarray:
+    """uint8 [300, 32, 32, 3]: smooth random images, in which no pixel is black."""
+    import cv2
+
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(40, 256, (300, 6, 6, 3), dtype=np.uint8)
+    return np.stack([cv2.resize(image, (32, 32), interpolation=cv2.INTER_LINEAR) for image in coarse])
