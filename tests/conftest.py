@@ -19,6 +19,7 @@ import pytest
 
 if TYPE_CHECKING:
     from driver import Driver
+    from small_run import Evaluated
 
 pytest.register_assert_rewrite("checkpoint_files")  # its asserts explain themselves too
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -199,3 +200,13 @@ def bright_images() -> np.ndarray:
     rng = np.random.default_rng(0)
     coarse = rng.integers(40, 256, (300, 6, 6, 3), dtype=np.uint8)
     return np.stack([cv2.resize(image, (32, 32), interpolation=cv2.INTER_LINEAR) for image in coarse])
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Evaluated"]:
+    """A small run, and what evaluate.py made of it."""
+    from small_run import evaluate_small_run
+
+    folder, data_dir = tmp_path_factory.mktemp("output"), tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        yield evaluate_small_run(patch, folder, data_dir)
