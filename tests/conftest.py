@@ -210,3 +210,13 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Evaluated"]
     folder, data_dir = tmp_path_factory.mktemp("output"), tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         yield evaluate_small_run(patch, folder, data_dir)
+
+
+@pytest.fixture
+def few_images() -> np.ndarray:
+    """Smooth random images, uint8 [20, 32, 32, 3]."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
+    return np.stack([np.array(Image.fromarray(image).resize((32, 32))) for image in small])
