@@ -4,11 +4,12 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before torch is imported: tests run side by side, and waiting threads would only slow the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,8 +19,18 @@ import pytest
 
 if TYPE_CHECKING:
     from driver import Driver
+    from small_run import Evaluated
 
+pytest.register_assert_rewrite("checkpoint_files")  # its asserts explain themselves too
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# In front of a script: cli without torch, which takes seconds to import, for scripts of one process.
+WITHOUT_TORCH = """
+import sys, types
+sys.modules["distributed"] = types.SimpleNamespace(
+    is_main=lambda: True, from_main=lambda value: value, stop=lambda: None
+)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -123,3 +134,89 @@ def install_tiny_cifar(monkeypatch: pytest.MonkeyPatch, contents: dict[str, dict
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
     return tiny
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """train.main() on stand-ins, without plots, in an empty folder; standard input is at its end."""
+    from stand_ins import forget_log, stand_in
+
+    stand_in(monkeypatch, plots=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    yield monkeypatch
+    forget_log()
+
+
+@pytest.fixture
+def finder(quick: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for the LR finder and suggests 0.02; the list says whether it ran."""
+    import dialogue
+    from lr_suggestion import LRFinderResult
+
+    ran: list[str] = []
+
+    def find_lr(*_: object, **__: object) -> LRFinderResult:
+        ran.append("ran")
+        rates, losses = np.logspace(-4, 0, 30).tolist(), np.linspace(5, 4, 30).tolist()
+        return LRFinderResult(rates, losses, losses, 0.02, "steepest descent of the smoothed loss")
+
+    quick.setattr(dialogue, "find_lr", find_lr)
+    quick.setattr(dialogue, "plot_lr_finder", lambda *arguments, **_: arguments[3])
+    return ran
+
+
+@pytest.fixture(scope="module")
+def run_state() -> dict[str, Any]:
+    """What a run saves."""
+    from checkpoint_files import make_run_state
+
+    return make_run_state()
+
+
+@pytest.fixture(scope="module")
+def good_checkpoint(run_state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that holds `run_state`."""
+    from checkpoint import save_checkpoint
+
+    path = tmp_path_factory.mktemp("good") / "run_last.pth"
+    save_checkpoint(path, run_state)
+    return path
+
+
+@pytest.fixture
+def fixed_seed() -> None:
+    """The test's draws from torch's global generator are the same each time."""
+    import torch
+
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="module")
+def bright_images() -> np.ndarray:
+    """uint8 [300, 32, 32, 3]: smooth random images, in which no pixel is black."""
+    import cv2
+
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(40, 256, (300, 6, 6, 3), dtype=np.uint8)
+    return np.stack([cv2.resize(image, (32, 32), interpolation=cv2.INTER_LINEAR) for image in coarse])
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Evaluated"]:
+    """A small run, and what evaluate.py made of it."""
+    from small_run import evaluate_small_run
+
+    folder, data_dir = tmp_path_factory.mktemp("output"), tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        yield evaluate_small_run(patch, folder, data_dir)
+
+
+@pytest.fixture
+def few_images() -> np.ndarray:
+    """Smooth random images, uint8 [20, 32, 32, 3]."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
+    return np.stack([np.array(Image.fromarray(image).resize((32, 32))) for image in small])

@@ -1,133 +1,22 @@
 """Downloads against a server on this machine that is good, slow, stalling, lying or rude."""
 
-import contextlib
-import hashlib
 import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import REPOSITORY, tar_gz
+from conftest import REPOSITORY
+from rude_server import BAD, GOOD, MD5, Handler
 
 import download
-from archive import extract, md5_of
 from download import DownloadFailed, fetch
 from errors import RunError
-
-GOOD = np.random.default_rng(0).bytes(200_000)
-BAD = GOOD[:-1] + bytes([GOOD[-1] ^ 1])
-MD5 = hashlib.md5(GOOD).hexdigest()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """The path says how to misbehave."""
-
-    def do_GET(self) -> None:
-        kind = self.path.split("/")[1].split("?")[0]
-        self.server.asked.append((kind, self.headers.get("Range")))
-        with contextlib.suppress(OSError):  # the client may leave
-            getattr(self, f"serve_{kind}")()
-
-    def head(self, length: int | None, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-
-    def ranged(self, content: bytes = GOOD) -> bytes:
-        """Send the head for the range asked; the bytes to send."""
-        asked = self.headers.get("Range")
-        if asked is None:
-            self.head(len(content))
-            return content
-        start = int(asked.removeprefix("bytes=").rstrip("-"))
-        span = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.head(len(content) - start, 206, Content_Range=span)
-        return content[start:]
-
-    def serve_good(self) -> None:
-        self.wfile.write(self.ranged())
-
-    def serve_norange(self) -> None:
-        self.head(len(GOOD))
-        self.wfile.write(GOOD)
-
-    def serve_noranged_truncated(self) -> None:
-        self.head(len(GOOD))
-        self.wfile.write(GOOD[:50_000])
-
-    def serve_refuses_range(self) -> None:
-        if self.headers.get("Range"):
-            self.send_error(416)
-        else:
-            self.serve_norange()
-
-    def serve_wrong_range(self) -> None:
-        self.head(len(GOOD) - 10, 206, Content_Range=f"bytes 10-{len(GOOD) - 1}/{len(GOOD)}")
-        self.wfile.write(GOOD[10:])
-
-    def serve_truncated(self) -> None:
-        self.wfile.write(self.ranged()[:60_000])
-
-    def serve_corrupt(self) -> None:
-        self.wfile.write(self.ranged(BAD))
-
-    def serve_longer(self) -> None:
-        self.wfile.write(self.ranged(GOOD + b"more"))
-
-    def serve_login(self) -> None:
-        self.head(None)
-        self.wfile.write(b"<html>please sign in</html>")
-
-    def serve_missing(self) -> None:
-        self.send_error(404)
-
-    def serve_redirect(self) -> None:
-        self.head(0, 302, Location="/good/moved.tar.gz")
-
-    def serve_loop(self) -> None:
-        self.head(0, 302, Location=self.path + "x")
-
-    def serve_redirect_to_file(self) -> None:
-        self.head(0, 302, Location=Path(__file__).as_uri())
-
-    def serve_rude(self) -> None:
-        self.wfile.write(b"\x1b[31m\r\n\r\nnonsense")
-
-    def serve_silent(self) -> None:
-        self.server.stop.wait(20)
-
-    def serve_stall(self) -> None:
-        self.wfile.write(self.ranged()[:70_000])
-        self.wfile.flush()
-        self.server.stop.wait(20)
-
-    def serve_slow(self) -> None:
-        self.drip(4_000, 0.05)
-
-    def serve_slower(self) -> None:
-        self.drip(1_000, 0.05)
-
-    def drip(self, step: int, wait_s: float) -> None:
-        rest = self.ranged()
-        for start in range(0, len(rest), step):
-            self.wfile.write(rest[start : start + step])
-            self.wfile.flush()
-            if self.server.stop.wait(wait_s):
-                return
-
-    def log_message(self, *_: object) -> None:
-        """Keep the test log clean."""
 
 
 @pytest.fixture(scope="module")
@@ -420,71 +309,3 @@ def test_dead_network_fails_within_its_bound(get, monkeypatch):
         get(*(f"http://host{n}.invalid/x" for n in range(7)), connect_s=0.1)
     assert time.monotonic() - began < 10
     assert len(failure.value.reasons) == 7
-
-
-def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        member("../outside"),
-        member("top/../../outside"),
-        member("top/sub/../../../outside"),
-        member("/outside"),
-        member("top\\..\\..\\outside"),
-        member("C:\\outside"),
-        member("other/outside"),
-        member("top"[:2] + "psy"),
-        member("top/link", tarfile.SYMTYPE, "/etc/passwd"),
-        member("top/link", tarfile.LNKTYPE, "../../outside"),
-        member("top/device", tarfile.CHRTYPE),
-        member("top/pipe", tarfile.FIFOTYPE),
-    ],
-    ids=lambda info: f"{info.name}-{info.type.decode()}",
-)
-def test_hostile_archive_member_is_refused_and_nothing_is_left(tmp_path, hostile):
-    folder = tmp_path / "in" / "data"
-    folder.mkdir(parents=True)
-    archive = tmp_path / "a.tar.gz"
-    archive.write_bytes(tar_gz([("top/fine", b"1"), (hostile, b"2"), ("top/later", b"3")]))
-    with pytest.raises(RunError, match=r"a\.tar\.gz (would write outside|holds a link)") as failure:
-        extract(archive, folder, top="top")
-    assert "\n" not in str(failure.value)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
-
-
-def test_archive_is_unpacked_over_a_damaged_file(tmp_path):
-    archive = tmp_path / "a.tar.gz"
-    archive.write_bytes(
-        tar_gz([(member("top", tarfile.DIRTYPE), b""), ("top/a", b"new"), ("top/sub/b", b"2")])
-    )
-    (tmp_path / "top").mkdir()
-    (tmp_path / "top" / "a").write_bytes(b"old")
-    (tmp_path / "top" / "own").write_bytes(b"stays")
-    extract(archive, tmp_path, top="top")
-    found = {p.name: p.read_bytes() for p in (tmp_path / "top").rglob("*") if p.is_file()}
-    assert found == {"a": b"new", "b": b"2", "own": b"stays"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.gz", "top"]
-
-
-def test_archive_bomb_and_damaged_archive_are_refused(tmp_path):
-    archive = tmp_path / "a.tar.gz"
-    archive.write_bytes(tar_gz([("top/zeros", bytes(2_000_000))]))
-    with pytest.raises(RunError, match="unpacks to over 1,000,000 bytes"):
-        extract(archive, tmp_path, top="top", max_bytes=1_000_000)
-    whole = archive.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"no archive", whole[:600] + b"\0" * 200, b""):
-        archive.write_bytes(damaged)
-        with pytest.raises(RunError, match=r"a\.tar\.gz"):
-            extract(archive, tmp_path, top="top")
-        assert not (tmp_path / "top").exists()
-
-
-def test_md5_of_reads_the_whole_file(tmp_path):
-    path = tmp_path / "x"
-    path.write_bytes(bytes(3_000_000) + b"end")
-    assert md5_of(path) == hashlib.md5(bytes(3_000_000) + b"end").hexdigest()

@@ -1,4 +1,4 @@
-"""predict.py and image_files.py: which files are found, what is read, what is said, in bounded memory."""
+"""predict.py: the answers of testing, what is said of what cannot be read, in bounded memory."""
 
 import io
 import json
@@ -18,7 +18,7 @@ import predict
 from cli import run_main
 from dataset import Split
 from errors import RunError, UsageError
-from image_files import Found, find_images, read_image
+from image_files import Found, read_image
 from trained import Trained, load_trained
 from utils import make_test_batches
 
@@ -31,14 +31,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(weights: Path) -> Trained:
     return load_trained(weights)
-
-
-@pytest.fixture
-def images() -> np.ndarray:
-    """Smooth random images, uint8 [20, 32, 32, 3]."""
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
-    return np.stack([np.array(Image.fromarray(image).resize((32, 32))) for image in small])
 
 
 def save_all(images: np.ndarray, folder: Path) -> list[Path]:
@@ -57,11 +49,11 @@ def run(argv: list[object], weights: Path) -> int:
 
 
 def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(
-    tmp_path: Path, trained: Trained, images: np.ndarray
+    tmp_path: Path, trained: Trained, few_images: np.ndarray
 ) -> None:
-    read = np.stack([read_image(str(path)).pixels for path in save_all(images, tmp_path)])
-    np.testing.assert_array_equal(read, images)
-    [(batch, _)] = make_test_batches(Split(images, np.zeros(20, np.int64)), 20, "cpu")
+    read = np.stack([read_image(str(path)).pixels for path in save_all(few_images, tmp_path)])
+    np.testing.assert_array_equal(read, few_images)
+    [(batch, _)] = make_test_batches(Split(few_images, np.zeros(20, np.int64)), 20, "cpu")
     with torch.inference_mode():
         expected = trained.model(batch)
     assert torch.equal(predict.compute_logits(trained, read, "fp32"), expected)
@@ -71,13 +63,17 @@ def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(
 
 
 def test_json_gives_probabilities_of_the_logits(
-    tmp_path: Path, weights: Path, trained: Trained, images: np.ndarray, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    weights: Path,
+    trained: Trained,
+    few_images: np.ndarray,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    paths = save_all(images, tmp_path)
+    paths = save_all(few_images, tmp_path)
     assert run([*paths, "--json", "--topk", 3], weights) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["path"] for line in lines] == [str(path) for path in paths]
-    expected = predict.compute_logits(trained, images, "fp32").softmax(1)
+    expected = predict.compute_logits(trained, few_images, "fp32").softmax(1)
     assert len({line["predictions"][0]["label"] for line in lines}) > 1  # else the test shows little
     for line, probabilities in zip(lines, expected, strict=True):
         values, labels = probabilities.topk(3)
@@ -106,9 +102,9 @@ def test_spoilt_weights_are_an_error(trained: Trained) -> None:
 
 
 def test_table_names_class_and_superclass(
-    tmp_path: Path, weights: Path, images: np.ndarray, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, weights: Path, few_images: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    [path] = save_all(images[:1], tmp_path)
+    [path] = save_all(few_images[:1], tmp_path)
     assert run([path], weights) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "resnet20" in lines[0] and "CIFAR-100" in lines[0]
@@ -119,9 +115,9 @@ def test_table_names_class_and_superclass(
 
 
 def test_what_cannot_be_read_is_reported_and_the_rest_goes_on(
-    tmp_path: Path, weights: Path, images: np.ndarray, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, weights: Path, few_images: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = save_all(images[:2], tmp_path)
+    first, second = save_all(few_images[:2], tmp_path)
     broken = tmp_path / "broken.png"
     broken.write_bytes(first.read_bytes()[:200])
     (tmp_path / "empty").mkdir()
@@ -146,13 +142,13 @@ def test_what_cannot_be_read_is_reported_and_the_rest_goes_on(
 def test_paths_on_standard_input(
     tmp_path: Path,
     weights: Path,
-    images: np.ndarray,
+    few_images: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     odd = tmp_path / os.fsdecode(b"na\xefve [1]*.png")  # no UTF-8, and a pattern if it were an argument
     with odd.open("wb") as file:
-        Image.fromarray(images[0]).save(file, format="PNG")
+        Image.fromarray(few_images[0]).save(file, format="PNG")
     stdin = type("Stdin", (), {"buffer": io.BytesIO(os.fsencode(odd) + b"\n\r\n\nnone.png\n")})
     monkeypatch.setattr(sys, "stdin", stdin)
     assert run(["-", "--json"], weights) == 1
@@ -173,11 +169,11 @@ def test_an_empty_list_is_an_error(
 
 
 def test_save_draws_each_image_under_a_name_of_its_own(
-    tmp_path: Path, weights: Path, images: np.ndarray, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, weights: Path, few_images: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        Image.fromarray(images[0]).resize((900, 600)).save(tmp_path / folder / "same name.png")
+        Image.fromarray(few_images[0]).resize((900, 600)).save(tmp_path / folder / "same name.png")
     out = tmp_path / "deep" / "out"
     assert run([tmp_path / "a", tmp_path / "b", "--save", out], weights) == 0
     assert sorted(path.name for path in out.iterdir()) == ["00001_same_name.png", "00002_same_name.png"]
@@ -196,10 +192,10 @@ def test_wrong_usage(weights: Path, tmp_path: Path) -> None:
 
 
 def test_weights_default_to_the_best_run(
-    tmp_path: Path, images: np.ndarray, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, few_images: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny_checkpoint(tmp_path / "tiny_best.pth")
-    [path] = save_all(images[:1], tmp_path)
+    [path] = save_all(few_images[:1], tmp_path)
     assert predict.main([str(path), "--output-dir", str(tmp_path)]) == 0
     assert f"{tmp_path}/tiny_best.pth" in capsys.readouterr().out
 
@@ -229,145 +225,3 @@ def test_files_are_looked_for_and_read_a_batch_at_a_time(
         batch = next(batches)
         assert [item.path for item in batch] == [f"{4 * number - 3 + k}.png" for k in range(4)]
         assert looked_for == len(read) == 4 * number
-
-
-# --- finding --------------------------------------------------------------------------------------
-
-
-def test_folders_are_searched_to_the_bottom_in_order(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/z.webp", "sub/deep/y.png", ".git/x.png"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
-    found = [os.path.relpath(item.path, tmp_path) for item in find_images([str(tmp_path)])]
-    assert found == ["a.JPG", "b.png", "sub/z.webp", "sub/deep/y.png"]
-
-
-def test_patterns_and_files_with_names_like_patterns(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png", "[a].png", "sub/c.png"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-
-    def names(pattern: str) -> list[str]:
-        return [os.path.relpath(item.path, tmp_path) for item in find_images([f"{tmp_path}/{pattern}"])]
-
-    assert names("[ab].png") == ["a.png", "b.png"]
-    assert names("[a].png") == ["[a].png"]
-    assert names("**/*.png") == ["[a].png", "a.png", "b.png", "sub/c.png"]
-    assert [item.error for item in find_images(["x\0y.png", f"{tmp_path}/q*"])] == [
-        None,
-        "no file matches this pattern",
-    ]
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-COLOUR = (200, 120, 40)
-HALVES = np.zeros((64, 64, 3), np.uint8)
-HALVES[:32], HALVES[32:] = COLOUR, (10, 60, 220)
-
-
-def as_mode(mode: str) -> Image.Image:
-    image = Image.fromarray(HALVES)
-    if mode == "I;16":
-        return Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 256 + 17)
-    if mode == "F":
-        return Image.fromarray(np.array(image.convert("L")).astype(np.float32) / 255)
-    if mode == "P":
-        return image.quantize(2)
-    return image.convert(mode)
-
-
-@pytest.mark.parametrize(
-    ("mode", "ending"),
-    [
-        ("RGB", "png"), ("RGB", "bmp"), ("RGB", "jpg"), ("RGB", "tiff"), ("RGBA", "webp"), ("P", "gif"),
-        ("P", "png"), ("L", "png"), ("LA", "png"), ("RGBA", "png"), ("I;16", "png"), ("I;16", "tiff"),
-        ("F", "tiff"), ("CMYK", "jpg"), ("CMYK", "tiff"), ("1", "png"), ("YCbCr", "jpg"),
-    ],
-)  # fmt: skip
-def test_every_mode_becomes_the_same_picture(tmp_path: Path, mode: str, ending: str) -> None:
-    path = tmp_path / f"x.{ending}"
-    image = as_mode(mode)
-    image.save(path, **({"lossless": True} if ending == "webp" else {}))
-    pixels = read_image(str(path)).pixels
-    assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
-    grey = mode in ("L", "LA", "I;16", "F")
-    expected = np.array(
-        Image.fromarray(HALVES).convert("L").convert("RGB") if grey else Image.fromarray(HALVES)
-    )
-    if mode == "1":  # dithered: the halves differ, and more cannot be said
-        assert pixels[:14].mean() > pixels[18:].mean() + 10
-        return
-    for rows in (slice(0, 14), slice(18, 32)):  # clear of the filter's overshoot at the edge
-        difference = pixels[rows].astype(int) - expected[::2, ::2][rows]
-        assert np.abs(difference).max() <= (6 if ending in ("jpg", "gif") or mode == "P" else 1)
-
-
-def test_exif_rotation_is_undone(tmp_path: Path, images: np.ndarray) -> None:
-    upright = Image.fromarray(images[0])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    turned = upright.transpose(Image.Transpose.ROTATE_90)
-    for ending in ("png", "webp", "tiff"):
-        path = tmp_path / f"x.{ending}"
-        turned.save(path, exif=exif, **({"lossless": True} if ending == "webp" else {}))
-        np.testing.assert_array_equal(read_image(str(path)).pixels, images[0])
-    turned.resize((3 * 512, 2 * 512)).save(tmp_path / "x.jpg", exif=exif, quality=95)
-    picture = read_image(str(tmp_path / "x.jpg"), preview_px=384)
-    assert picture.preview.shape == (384, 256, 3)
-    whole = np.asarray(upright.resize((256, 384)), dtype=int)
-    assert np.abs(picture.preview.astype(int) - whole).mean() < 4
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_pixels_are_white(tmp_path: Path, mode: str) -> None:
-    pixels = np.zeros((32, 32, 4), np.uint8)
-    pixels[16:, :, 3] = 255  # black, the upper half transparent
-    image = Image.fromarray(pixels)
-    if mode == "P":
-        image = Image.fromarray((pixels[..., 3] > 0).astype(np.uint8))
-        image.putpalette([255, 0, 0, 0, 0, 0])
-        image.save(tmp_path / "x.png", transparency=0)
-    else:
-        image.convert(mode).save(tmp_path / "x.png")
-    read = read_image(str(tmp_path / "x.png")).pixels
-    assert (read[:16] == 255).all() and (read[16:] == 0).all()
-
-
-def test_the_square_at_the_centre_is_taken_and_antialiased(tmp_path: Path) -> None:
-    wide = np.full((320, 640, 3), 255, np.uint8)
-    wide[:, 160:480] = 0  # the square at the centre ...
-    wide[::2, 160:480] = 200  # ... has stripes of one pixel, which must become grey, not black or light
-    for name, array in (("wide.png", wide), ("high.png", wide.transpose(1, 0, 2))):
-        Image.fromarray(np.ascontiguousarray(array)).save(tmp_path / name)
-        inner = read_image(str(tmp_path / name)).pixels[2:-2, 2:-2]
-        assert np.abs(inner.astype(int) - 100).max() <= 3
-    for size in ((1, 1), (1, 500), (5, 3), (33, 32)):
-        Image.new("RGB", size, COLOUR).save(tmp_path / "x.png")
-        assert (read_image(str(tmp_path / "x.png")).pixels == COLOUR).all()
-
-
-def test_decompression_bombs_and_odd_files_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Image.new("1", (1000, 1000)).save(tmp_path / "x.png")
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 999_999)
-    with pytest.raises(RunError, match="million pixels"):
-        read_image(str(tmp_path / "x.png"))
-    monkeypatch.undo()
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400_000)  # Pillow's own limit, at twice as much
-    with pytest.raises(RunError, match="million pixels"):
-        read_image(str(tmp_path / "x.png"))
-    monkeypatch.undo()
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(RunError, match="no regular file"):
-        read_image(str(tmp_path / "pipe.png"))
-    (tmp_path / "x.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(RunError, match="not an image"):  # Pillow alone would start Ghostscript
-        read_image(str(tmp_path / "x.eps"))
-    Image.fromarray(np.full((9, 9), 1e6, np.float32)).save(tmp_path / "x.tiff")
-    with pytest.raises(RunError, match="floating-point"):
-        read_image(str(tmp_path / "x.tiff"))

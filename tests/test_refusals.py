@@ -1,0 +1,131 @@
+"""What train.py refuses, in one line and before it touches data, and how it stops when it diverges."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from stand_ins import QUICK, load
+from torch import nn
+
+import dialogue
+import train as train_module
+from cli import run_main
+from flags import build_parser
+from train import main
+
+WRONG = [
+    ["--epochs", "0"],
+    ["--lr", "nan"],
+    ["--max-lr", "0.4"],
+    ["--scheduler", "onecycle", "--max-lr", "0.4", "--lr", "0.1"],
+    ["--scheduler", "onecycle", "--milestones", "3"],
+    ["--scheduler", "linear"],
+    ["--batch-size", "60000"],
+    ["--test-batch-size", "0"],
+    ["--limit-train", "50001"],
+    ["--limit-train", "50"],
+    ["--limit-test", "0"],
+    ["--val-split", "50000"],
+    ["--milestones", "9", "5"],
+    ["--epochs", "5", "--milestones", "5"],
+    ["--momentum", "1"],
+    ["--weight-decay", "-1"],
+    ["--gamma", "0"],
+    ["--seed", "-1"],
+    ["--workers", "-1"],
+    ["--target-accuracy", "101"],
+    ["--checkpoint-every", "0"],
+    ["--model", "resnet57"],
+    ["--augment", "none at all"],
+    ["--dataset", "cifar10"],
+    ["--device", "tpu"],
+    ["--precision", "fp8"],
+    ["--compile", "maybe"],
+    ["--name", "../elsewhere"],
+    ["--no-such-flag"],
+]
+
+
+@pytest.mark.parametrize("argv", WRONG, ids=" ".join)
+def test_a_wrong_value_is_one_line_and_exit_2_before_data_is_touched(
+    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, argv: list[str]
+) -> None:
+    quick.setattr(dialogue, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
+    try:
+        code = run_main(lambda: main(["--yes", *argv]), "train.py")
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("train.py: error: ") and err.count("\n") == 1
+    assert any(flag in err for flag in ["--batch-size", *argv] if flag.startswith("--"))
+    assert not Path("output").exists()
+
+
+def test_a_device_that_is_not_there_is_refused_before_data_is_touched(
+    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    quick.setattr(dialogue, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
+    quick.setattr(torch.cuda, "device_count", lambda: 0)
+    assert run_main(lambda: main(["--yes", "--device", "cuda"]), "train.py") == 2
+    assert "--device cuda" in capsys.readouterr().err
+
+
+def test_every_choice_has_a_default_that_trains(quick: pytest.MonkeyPatch) -> None:
+    """No flag is required: the namespace of no flags goes through."""
+    args = build_parser().parse_args([])
+    recipe = train_module.starting_recipe(args, None, torch.device("cpu"))
+    assert (recipe.model, recipe.epochs, recipe.batch_size) == ("resnet56", 20, 128)
+
+
+@pytest.mark.parametrize("where", ["file", "under a file", "read-only"])
+def test_an_output_folder_that_cannot_be_written_is_refused_before_data_is_touched(
+    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, where: str
+) -> None:
+    quick.setattr(dialogue, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
+    Path("taken").write_text("a file")
+    folder = {"file": "taken", "under a file": "taken/deeper", "read-only": "closed"}[where]
+    if where == "read-only":
+        Path(folder).mkdir(mode=0o500)
+        if os.name != "posix" or os.geteuid() == 0:
+            pytest.skip("root writes anywhere")
+    code = run_main(lambda: main([*QUICK, "--epochs", "1", "--output-dir", folder]), "train.py")
+    err = capsys.readouterr().err
+    assert code == 1 and err.startswith("train.py: error: ") and err.count("\n") == 1
+    assert folder in err
+    assert Path("taken").read_text() == "a file"
+
+
+def test_a_diverging_run_stops_with_its_epoch_batch_and_rate_and_keeps_what_was_saved(
+    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from recipe import Recipe
+
+    class Diverges(nn.CrossEntropyLoss):
+        calls = 0
+
+        def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            Diverges.calls += 1
+            return super().forward(logits, labels) * (math.nan if Diverges.calls == 5 else 1)
+
+    quick.setattr(Recipe, "build_criterion", lambda self: Diverges())
+    code = run_main(lambda: main([*QUICK, "--epochs", "4", "--lr", "0.03"]), "train.py")
+    err = capsys.readouterr().err
+    assert code == 1 and err.count("\n") == 1
+    assert "NaN or infinite in batch 2 of epoch 2/4 at learning rate 0.03" in err
+    last = load("output/CNN_Model_last.pth")
+    assert (last["epoch"], last["batches_done"]) == (2, 0)
+    assert all(bool(torch.isfinite(value).all()) for value in last["model"].values())
+
+
+def test_the_program_itself_refuses_a_wrong_value(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--batch-size", "60000"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("train.py: error: --batch-size 60000") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
