@@ -303,7 +303,11 @@ def test_two_at_once_into_one_part_both_succeed(server, tmp_path):
 
 def test_dead_network_fails_within_its_bound(get, monkeypatch):
     """Every look-up hangs, as where packets are dropped: seven sources, each `connect_s` long."""
-    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: threading.Event().wait(60))
+    def silent(*_args: object, **_options: object) -> None:
+        threading.Event().wait(60)
+        raise TimeoutError
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", silent)
     began = time.monotonic()
     with pytest.raises(DownloadFailed) as failure:
         get(*(f"http://host{n}.invalid/x" for n in range(7)), connect_s=0.1)
