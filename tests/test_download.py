@@ -303,6 +303,7 @@ def test_two_at_once_into_one_part_both_succeed(server, tmp_path):
 
 def test_dead_network_fails_within_its_bound(get, monkeypatch):
     """Every look-up hangs, as where packets are dropped: seven sources, each `connect_s` long."""
+
     def silent(*_args: object, **_options: object) -> None:
         threading.Event().wait(60)
         raise TimeoutError
