@@ -5,6 +5,7 @@ the archive's comment. So `torch.load(path, weights_only=True)` reads it anywher
 single flipped bit is found here before anything is unpickled.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -232,8 +233,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str:
-    """The commit of this code, with "-dirty" where its files differ from it; "unknown" without git."""
+    """The commit of this code, with "-dirty" where its files differ from it; "unknown" without git.
+
+    Asked for once a process: the log and the checkpoints name the same one, whatever happens meanwhile.
+    """
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
     only_here = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # not the repository around it

@@ -87,7 +87,10 @@ def keep_freed_memory() -> bool:
 
 
 def set_up_torch(seed: int, device: torch.device, *, deterministic: bool) -> None:
-    """Seed every generator and set the global switches: TF32 for what stays fp32 on CUDA, determinism."""
+    """Seed every generator and set what holds for the whole process.
+
+    On a CPU freed memory is kept; on CUDA, TF32 is taken for what stays fp32; determinism where asked for.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -143,8 +143,10 @@ def results_table(
         last, best = [curve[-1] for curve in curves], [max(curve) for curve in curves]
         shown = " ".join(flags) or "none"
         cells = [name, f"`{shown}`", str(len(curves[0])), mean_and_deviation(last), mean_and_deviation(best)]
-        gains = [a - b for a, b in zip(last, first, strict=True)] if first else None
-        lines.append(f"| {' | '.join([*cells, mean_and_deviation(gains, '+') if gains else ''])} |")
+        difference = ""
+        if first is not None:
+            difference = mean_and_deviation([a - b for a, b in zip(last, first, strict=True)], "+")
+        lines.append(f"| {' | '.join([*cells, difference])} |")
         first = first or last
     return "\n".join(lines) + "\n"
 
