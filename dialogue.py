@@ -172,6 +172,7 @@ def resume_command(args: argparse.Namespace, files: RunFiles) -> str:
     for flag in ("data_dir", "device", "workers", "checkpoint_every"):
         value = getattr(args, flag)
         if value != build_parser().get_default(flag):
-            command += [f"--{flag.replace('_', '-')}", str(value)]
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            command += [f"--{flag.replace('_', '-')}", shown]
     command += [f"--{flag.replace('_', '-')}" for flag in ("deterministic", "sync_bn") if getattr(args, flag)]
     return shlex.join(command)
