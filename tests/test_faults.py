@@ -216,7 +216,7 @@ def test_fault_a_second_signal_exits_at_once(driver: Driver, tmp_path: Path, fir
     child.wait_for("once more to quit at once")
     begin = time.monotonic()
     assert child.kill(second) == 128 + second
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20, "not after the slow batch of 30 s"
     assert "Traceback" not in child.output
     assert wait_until_gone(child.pid) == []
 
@@ -231,7 +231,7 @@ def test_fault_no_worker_is_left_behind(driver: Driver, tmp_path: Path, end: int
         assert len(processes_of_group(child.pid)) == 4  # so that the search below would find them
         begin = time.monotonic()
         assert child.kill(end) == (-KILL if end == KILL else 128 + INT)
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 30
     else:
         assert child.wait() == 1
     assert wait_until_gone(child.pid) == []

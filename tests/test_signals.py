@@ -75,8 +75,8 @@ class TestSignals:
         assert process.stdout.readline() == f"saving {code}\n"
         begin = time.monotonic()
         process.send_signal(number_)
-        process.communicate(timeout=10)
-        assert process.returncode == code and time.monotonic() - begin < 3
+        process.communicate(timeout=25)
+        assert process.returncode == code and time.monotonic() - begin < 20
 
     def test_a_reader_that_went_away_does_not_keep_the_state_from_being_saved(self) -> None:
         """`train.py 2>&1 | tee log`: Ctrl-C ends tee first."""
