@@ -15,9 +15,9 @@ class Averaging:
 
     Called after every optimizer step with the number of steps that are done.
 
-    - With `ema_decay` d, after each step: average <- d average + (1 - d) weights (Tarvainen & Valpola 2017,
-      arXiv:1703.01780), beginning as the weights after the first step. BatchNorm's running statistics are
-      averaged along with them, its counters copied.
+    - With `ema_decay`, after each step: average <- d average + (1 - d) weights (Tarvainen & Valpola 2017,
+      arXiv:1703.01780), beginning as the weights after the first step. d is `ema_decay`, at first less (see
+      `decay_after`). BatchNorm's running statistics are averaged along with them, its counters copied.
     - Without, stochastic weight averaging (Izmailov et al. 2018, arXiv:1803.05407): the equal average of the
       weights at the ends of the epochs from `swa_start` (counted from 1). Averaged statistics would not be
       those of the averaged weights, so `refresh` measures them anew.
@@ -33,9 +33,8 @@ class Averaging:
     ) -> None:
         self.source = model
         self.ema_decay, self.swa_start, self.batches_per_epoch = ema_decay, swa_start, batches_per_epoch
-        average = moving_average(ema_decay) if ema_decay else None
-        # the counter stays on the CPU: reading it there waits for no device
         self.bn_batches: Sequence[tuple[Tensor, Tensor]] = ()
+        average = self._move if ema_decay else None
         self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=bool(ema_decay))
 
     @property
@@ -47,6 +46,16 @@ class Averaging:
         epochs_done, batch = divmod(steps_done, self.batches_per_epoch)
         if self.ema_decay or (batch == 0 and epochs_done >= self.swa_start):
             self.average.update_parameters(self.source)
+
+    @torch.no_grad()
+    def _move(self, averages: list[Tensor], values: list[Tensor], _count: Tensor) -> None:
+        """AveragedModel's update: average <- d average + (1 - d) value; whole numbers are copied."""
+        if averages[0].is_floating_point():
+            # the module's own counter, not `_count`: it is on the CPU, where reading it waits for no device
+            decay = decay_after(int(self.average.n_averaged), self.ema_decay)
+            torch._foreach_lerp_(averages, values, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, values)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -72,14 +81,10 @@ class Averaging:
         self.average.n_averaged.fill_(int(state["count"]))
 
 
-def moving_average(decay: float) -> Any:
-    """AveragedModel's update: average <- decay average + (1 - decay) value; whole numbers are copied."""
+def decay_after(count: int, decay: float) -> float:
+    """The moving average's decay once `count` values are in it: (1 + count) / (10 + count), at most `decay`.
 
-    @torch.no_grad()
-    def update(averages: list[Tensor], values: list[Tensor], _count: Tensor) -> None:
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, values, 1 - decay)
-        else:
-            torch._foreach_copy_(averages, values)
-
-    return update
+    With a constant decay of 0.999 the average would be about as the first weights for hundreds of steps. The
+    formula is TensorFlow's, ExponentialMovingAverage with `num_updates`.
+    """
+    return min(decay, (1 + count) / (10 + count))

@@ -89,8 +89,8 @@ def _add_weights_flags(parser: argparse.ArgumentParser) -> None:
         "--ema-decay",
         type=number(0, 0.999999),
         metavar="D",
-        help="keep a moving average of the weights and test it too; 0.999 looks back over 1,000 batches; "
-        "0: none (default: 0)",
+        help="keep a moving average of the weights and test it too; 0.999 looks back over 1,000 batches, "
+        "at first over fewer; 0: none (default: 0)",
     )
     group.add_argument(
         "--swa-start",

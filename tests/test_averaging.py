@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from averaging import Averaging
+from averaging import Averaging, decay_after
 from errors import RunError
 
 
@@ -25,19 +25,26 @@ def wander(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_the_moving_average_is_its_formula_with_buffers() -> None:
     model = network()
-    averaging = Averaging(model, ema_decay=0.8)
+    averaging = Averaging(model, ema_decay=0.3)
     expected = None
-    for step in range(1, 6):
+    for step, decay in enumerate([0, 2 / 11, 3 / 12, 0.3, 0.3, 0.3], start=1):  # less than 0.3 at first
         now = wander(model)
         averaging(step)
         if expected is None:
             expected = now
         for name, value in now.items():
             if value.is_floating_point():
-                expected[name] = 0.8 * expected[name] + 0.2 * value
+                expected[name] = decay * expected[name] + (1 - decay) * value
             else:
                 expected[name] = value  # BatchNorm's counter
         torch.testing.assert_close(dict(averaging.network.state_dict()), expected)
+
+
+def test_the_decay_rises_to_the_one_asked_for() -> None:
+    decays = [decay_after(count, 0.99) for count in (1, 10, 100, 889, 890, 10_000)]
+    assert decays == sorted(decays)
+    assert decays[0] == pytest.approx(2 / 11) and decays[2] == pytest.approx(101 / 110)
+    assert decays[3] < 0.99 and decays[4:] == [0.99, 0.99]
 
 
 def test_before_the_first_step_the_network_is_the_model() -> None:
