@@ -272,7 +272,7 @@ def _add_run_flags(parser: Parser) -> None:
     run.add_argument(
         "--precision",
         choices=("auto", *PRECISIONS),
-        help="auto takes bf16 where the processor has it natively (default: auto)",
+        help="auto takes bf16 where the processor has it natively (default: auto; with --resume: as before)",
     )
     run.add_argument(
         "--compile",
@@ -318,12 +318,14 @@ def recipe_from(args: argparse.Namespace, precision: str) -> Recipe:
 def check_against(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuse recipe flags that say otherwise than the checkpoint that is resumed.
 
+    Not --precision: a run may go on on another processor, where bf16 is far faster or far slower.
+
     Raises:
         UsageError: naming the first such flag.
     """
     for name, value in _given(args).items():
         stored = recipe.milestone_epochs if name == "milestones" else getattr(recipe, name)
-        if value != stored and not (name == "precision" and value == "auto"):
+        if value != stored and name != "precision":
             flag, said, kept = f"--{name.replace('_', '-')}", _shown(value), _shown(stored)
             raise UsageError(
                 f"{flag} {said} contradicts the checkpoint's {kept}: leave it out to go on, or start a "

@@ -13,6 +13,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,8 @@ def starting_recipe(args: argparse.Namespace, state: dict[str, Any] | None, devi
     if state is not None:
         recipe = Recipe.from_dict(state["recipe"])
         check_against(args, recipe)
-        return recipe
+        kept = args.precision in (None, "auto")
+        return recipe if kept else replace(recipe, precision=args.precision)
     precision = args.precision
     if precision in (None, "auto"):
         precision = "bf16" if native_bf16(device) else "fp32"
@@ -280,7 +282,8 @@ def start_run(
     optimizer = recipe.build_optimizer(model)
     device = next(model.parameters()).device
     images = batches_per_epoch * recipe.batch_size * recipe.epochs
-    stored = state.get("compile") if state else None
+    changed = state is not None and recipe.precision != state["recipe"]["precision"]
+    stored = state.get("compile") if state and not changed else None
     use_compile, why = choose_compile(args.compile, device, recipe.precision, images, stored)
     LOG.info(f"torch.compile: {'on' if use_compile else 'off'} ({why})")
     step = TrainStep(
@@ -323,6 +326,8 @@ def start_run(
     else:
         run.restore(state, source)
         LOG.info(f"Resumed {source}: epoch {run.epoch}, batch {run.batches_done} of {batches_per_epoch}")
+    if changed:
+        LOG.info(f"Precision: {recipe.precision} from here on, {state['recipe']['precision']} until here")
     return run
 
 

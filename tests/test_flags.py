@@ -223,6 +223,7 @@ def test_a_resumed_recipe_may_be_repeated_but_not_changed() -> None:
         ["--epochs", "9", "--lr", "5e-2", "--milestones", "3", "7"],
         ["--precision", "auto"],
         ["--precision", "bf16"],
+        ["--precision", "fp32"],  # the run goes on on another processor
     ):
         check_against(parse(*argv)[0], stored)
     for argv, words in (
@@ -230,7 +231,6 @@ def test_a_resumed_recipe_may_be_repeated_but_not_changed() -> None:
         (["--lr", "0.1"], ["--lr 0.1", "0.05"]),
         (["--milestones", "3"], ["--milestones 3", "3 7"]),
         (["--batch-size", "64"], ["--batch-size 64", "128"]),
-        (["--precision", "fp32"], ["--precision fp32", "bf16"]),
         (["--val-split", "0", "--limit-train", "500"], ["--limit-train 500"]),
         (["--dataset", "synthetic"], ["--dataset synthetic", "cifar100"]),
     ):
