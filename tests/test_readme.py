@@ -51,21 +51,27 @@ def test_its_links_lead_to_files() -> None:
     assert targets and [target for target in targets if not (REPOSITORY / target).exists()] == []
 
 
-def test_its_results_are_those_of_the_history() -> None:
+def test_its_results_are_those_of_the_histories() -> None:
     results = README.split("## Results")[1].split("\n## ")[0]
-    with open(REPOSITORY / re.search(r"\[history\]\((.+?\.csv)\)", results)[1], newline="") as file:
-        history = {int(row["epoch"]): row for row in csv.DictReader(file)}
-    row = re.compile(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) % \|", re.MULTILINE)
-    shown = row.findall(results)
-    assert shown
+    own, published = (
+        csv_by_epoch(REPOSITORY / target) for target in re.findall(r"\]\(([^)]+history\.csv)\)", results)
+    )
+    cells = r" \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) %"
+    shown = re.findall(rf"^\| (\d+){cells}{cells} \|$", results, re.MULTILINE)
+    assert [int(epoch) for epoch, *_ in shown] == [1, 10, 20, 40, 41, 70, 71, 85, 86, 100]
     for epoch, *values in shown:
-        kept = history[int(epoch)]
-        assert values == [
-            f"{float(kept['train_loss']):.4f}",
-            f"{float(kept['train_acc_percent']):.2f}",
-            f"{float(kept['test_loss']):.4f}",
-            f"{float(kept['test_acc_percent']):.2f}",
-        ], f"epoch {epoch}"
+        assert values == four_figures(own[int(epoch)]) + four_figures(published[int(epoch)]), f"epoch {epoch}"
+
+
+def csv_by_epoch(path: Path) -> dict[int, dict[str, str]]:
+    with open(path, newline="") as file:
+        return {int(row["epoch"]): row for row in csv.DictReader(file)}
+
+
+def four_figures(row: dict[str, str]) -> list[str]:
+    """Loss and accuracy, in training and in the test, as the README shows them."""
+    columns = ("train_loss", "train_acc_percent", "test_loss", "test_acc_percent")
+    return [f"{float(row[name]):.{digits}f}" for name, digits in zip(columns, (4, 2, 4, 2), strict=True)]
 
 
 def test_the_layout_names_files_that_exist() -> None:
