@@ -2,228 +2,303 @@
 
     python train.py                              asks three questions, then trains
     python train.py --yes --epochs 100           asks nothing
-    python train.py --resume                     goes on where a run was interrupted
+    python train.py --resume                     resumes an interrupted run
     torchrun --nproc-per-node=2 train.py --yes   several processes, one run
 
 Plots, history and checkpoints are in output/; `python train.py --help` lists every choice.
 """
 
 import argparse
-import contextlib
-import shlex
+import math
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from beyond_reference import bn_update_batches, load_teacher, test_average
-from cifar.dataset import ImageData, Split, balanced_subset, train_val_split
+from cifar.dataset import (
+    DatasetUnavailable,
+    ImageData,
+    Split,
+    balanced_subset,
+    load_dataset,
+    train_val_split,
+)
 from core import distributed
-from core.cli import LOG, Interrupts, run_main, start_log
+from core.cli import (
+    LOG,
+    Interrupts,
+    Parser,
+    as_answer,
+    ask,
+    ask_yes_no,
+    is_interactive,
+    number,
+    run_main,
+    shell_command,
+    start_log,
+    whole_number,
+)
 from core.errors import RunError, UsageError
-from core.files import RunLock, remove_temporary_files
-from core.machine import choose_compile, choose_device, native_bf16, set_up_torch
-from dialogue import answer_questions, choose_files, load_data, resume_command
+from core.machine import (
+    choose_compile,
+    choose_device,
+    choose_workers,
+    code_version,
+    device_name,
+    native_bf16,
+    precision_name,
+    set_up_torch,
+    versions,
+)
+from inspection.curves import plot_history, plot_lr_finder
 from model import build_model, count_parameters
-from training import checkpoint as ckpt
-from training.engine import TrainStep, evaluate, train_one_epoch
-from training.flags import DEFAULT_NAME, apply_preset, build_parser, check_resume_flags, recipe_from
+from training.checkpoint import load_model
+from training.engine import Metrics, TrainStep, evaluate, train_one_epoch
 from training.history import analyse
-from training.recipe import Recipe
-from training.run import Interrupted, Run
-from training.run_files import RunFiles
-from training.techniques import build_techniques
+from training.presets import apply_preset, presets_table
+from training.recipe import (
+    DEFAULT_EPOCHS,
+    MAX_EPOCHS,
+    Recipe,
+    check_resume_flags,
+    recipe_from,
+)
+from training.run import DEFAULT_NAME, Interrupted, Run, RunFiles, SavedRun, lock_run
+from training.techniques import bn_update_batches, build_techniques
 from training.tensorboard_log import TensorBoard
-from utils import choose_workers, make_test_batches, make_train_loader
+from utils import DEFAULT_LR, find_lr, make_test_batches, make_train_loader
+
+# On a GPU an epoch takes seconds: the curves are then drawn at most this often, and always at the end.
+PLOT_EVERY_S = 5.0
+# The flags about this machine that the command for resuming repeats where they are given.
+MACHINE_FLAGS = ("data_dir", "data_url", "workers", "tensorboard", "checkpoint_every", "device", "compile")
+MACHINE_FLAGS += ("deterministic", "sync_bn")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The choices of one call that are not part of the recipe: this machine, its files, what to ask.
+
+    Attributes:
+        repeated_flags: the words of the flags that resuming the run should repeat.
+    """
+
+    yes: bool
+    lr_finder: bool | None
+    lr_given: bool
+    epochs_given: bool
+    data_dir: Path
+    data_url: str | None
+    workers: int | None
+    output_dir: Path | None
+    name: str | None
+    overwrite: bool
+    resume: str | None
+    tensorboard: bool
+    checkpoint_every: float  # minutes
+    device: str
+    compile: str
+    deterministic: bool
+    sync_bn: bool
+    repeated_flags: tuple[str, ...]
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Settings":
+        """The settings among the parsed flags."""
+        known = {field.name for field in fields(cls)}
+        defaults, repeated = vars(build_parser().parse_args([])), []
+        for name in MACHINE_FLAGS:
+            value = getattr(args, name)
+            if value != defaults[name]:
+                repeated += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        return cls(
+            **{name: value for name, value in vars(args).items() if name in known},
+            lr_given=args.lr is not None or args.max_lr is not None,
+            epochs_given=args.epochs is not None,
+            repeated_flags=tuple(repeated),
+        )
+
+    def resume_command(self, files: RunFiles) -> str:
+        """The command that resumes the run of `files`."""
+        script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+        processes = distributed.world_size()
+        launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
+        return shell_command([*launcher, script, "--resume", str(files.last), *self.repeated_flags])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the flags, then train; Ctrl-C and SIGTERM save what is needed to resume."""
+    """Parse the flags, then train; Ctrl-C and SIGTERM save what resuming needs."""
     args = apply_preset(build_parser().parse_args(argv))
+    settings = Settings.from_args(args)
     interrupts = Interrupts()
     with interrupts.caught():
         try:
-            return train(args, interrupts)
+            start_log(None)
+            device = choose_device(settings.device)
+            default = RunFiles(settings.output_dir or Path("output"), settings.name or DEFAULT_NAME)
+            saved = None if settings.resume is None else SavedRun.load(settings.resume, default)
+            recipe = choose_recipe(args, saved, device)
+            if saved is not None and saved.results_if_finished:
+                LOG.info(
+                    f"The run is finished, nothing is left to train. Results: {saved.results_if_finished}"
+                )
+                return 0
+            train(recipe, settings, device, saved, interrupts)
         except Interrupted:
             return interrupts.exit_code
         except KeyboardInterrupt:
             print("\nInterrupted; there was nothing to save.", file=sys.stderr)
             return interrupts.exit_code
+    return 0
 
 
-def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
-    """The whole run, in reading order: recipe, data, network, questions, epochs, results."""
-    start_log(None)
-    device = choose_device(args.device)
-    state, source = load_state(args)
-    recipe = starting_recipe(args, state, device)
-    if state is not None and is_finished(state, source, recipe.epochs):
-        return 0
-    folder = args.output_dir or (source.parent if source else Path("output"))
+def train(
+    recipe: Recipe,
+    settings: Settings,
+    device: torch.device,
+    saved: SavedRun | None,
+    interrupts: Interrupts,
+) -> None:
+    """The whole run, in reading order: data, network, questions, epochs, results.
+
+    Args:
+        saved: the state to resume from; None for a new run.
+    """
     distributed.start(device)
-    if distributed.is_main():
-        RunFiles(folder, args.name or DEFAULT_NAME).prepare()
-    set_up_torch(recipe.seed, device, deterministic=args.deterministic)
+    folder = settings.output_dir or (saved.path.parent if saved else Path("output"))
+    RunFiles(folder, settings.name or DEFAULT_NAME).prepare()
+    set_up_torch(recipe.seed, device, deterministic=settings.deterministic)
 
-    data, recipe = load_data(args, recipe)
-    train_split, test_split, val_split = splits(data, recipe)
-    files = choose_files(args, recipe, folder, state, source)
-    with RunLock(files.path(".lock")) if distributed.is_main() else contextlib.nullcontext():
-        if distributed.is_main():
-            for part in ("_", ".lock."):
-                remove_temporary_files(files.folder, files.name + part)
-            if state is not None:
-                files.put_damaged_aside()
+    data, recipe = load_data(recipe, settings, may_ask=saved is None)
+    train_split, test_split, val_split = make_splits(data, recipe)
+    files = choose_files(recipe, settings, folder, saved)
+    with lock_run(files, resumed=saved is not None):
         start_log(files.path("_log.txt"))
         model = build_model(recipe.model, num_classes=len(data.classes), **recipe.network_options)
         model = model.to(device, memory_format=torch.channels_last)
-        if distributed.is_main():
-            files.check_space(sum(value.nbytes for value in model.state_dict().values()))
-        say_what_is_trained(recipe, model, device, train_split, test_split)
-        loader = make_train_loader(
+        files.check_space(sum(value.nbytes for value in model.state_dict().values()))
+        log_header(recipe, model, device, images=(len(train_split), len(test_split)))
+        teacher = load_teacher(recipe, data, device, files)  # first: a missing one must cost nothing
+        if saved is None:
+            recipe = ask_questions(recipe, settings, model, train_split, files)
+
+        train_loader = make_train_loader(
             train_split,
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             augment=recipe.augment,
-            workers=choose_workers(device.type) if args.workers is None else args.workers,
+            workers=choose_workers(device.type) if settings.workers is None else settings.workers,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             pin_memory=device.type == "cuda",
         )
-        teacher = load_teacher(recipe, data, device, files)  # first: a missing one must cost nothing
-        if state is None:
-            recipe = answer_questions(args, recipe, model, loader, files)
-            if distributed.is_main():
-                files.remove_run()  # not before: the questions may be left by Ctrl-C
-        run = start_run(args, recipe, data, model, teacher, len(loader), files, interrupts, state, source)
+        test_batches = make_test_batches(rank_shard(test_split), recipe.test_batch_size, device)
+        val_batches = test_batches
+        if val_split is not None:
+            val_batches = make_test_batches(rank_shard(val_split), recipe.test_batch_size, device)
+
+        step = build_step(
+            recipe,
+            settings,
+            model,
+            teacher,
+            classes=len(data.classes),
+            batches_per_epoch=len(train_loader),
+            saved=saved,
+        )
+        run = Run(
+            files,
+            recipe,
+            step,
+            batches_per_epoch=len(train_loader),
+            interrupts=interrupts,
+            resume_command=settings.resume_command(files),
+            checkpoint_every_s=60 * settings.checkpoint_every,
+            extra={
+                "compile": step.compile_model,
+                "commit": code_version(),
+                "classes": list(data.classes),
+                "superclasses": list(data.superclasses),
+                "superclass_of": data.superclass_of.tolist(),
+            },
+        )
         if run.averaging is not None:
             run.averaging.bn_batches = bn_update_batches(train_split, recipe, device)
-        test_batches = make_test_batches(rank_shard(test_split), recipe.test_batch_size, device)
-        val_batches = (
-            make_test_batches(rank_shard(val_split), recipe.test_batch_size, device) if val_split else []
-        )
-        board = start_board(args, run, loader)
-        train_epochs(run, loader, val_batches or test_batches, after_epoch=board)
+        run.start(saved)
+        train_epochs(run, train_loader, val_batches, start_tensorboard(run, settings, train_loader))
         finish(run, test_batches)
-    return 0
 
 
 def train_epochs(
-    run: Run, loader: DataLoader, chosen_on: list[tuple], after_epoch: Callable[[], None]
+    run: Run, train_loader: DataLoader, val_batches: list[tuple], board: TensorBoard | None
 ) -> None:
     """Train and test, epoch by epoch, from where `run` stands to the recipe's last epoch.
 
     Args:
-        chosen_on: the batches of the split that the best epoch is chosen on.
-        after_epoch: called after each epoch.
+        val_batches: this process's batches of the split that the best epoch is chosen on.
+        board: writes each epoch to TensorBoard.
     """
-    recipe, sampler = run.recipe, loader.batch_sampler
-    run.interrupts.busy = True  # from here on there is a state to save
-    while run.epoch <= recipe.epochs:
-        run.begin_epoch()
-        sampler.set_epoch(run.epoch, start_batch=run.batches_done)
+    recipe, plotted_at = run.recipe, -math.inf
+    for epoch in run.remaining_epochs():
+        train_loader.batch_sampler.set_epoch(epoch, start_batch=run.batches_done)
+        title = f"epoch {epoch}/{recipe.epochs}"
         train_metrics = train_one_epoch(
-            run.step,
-            loader,
-            run.sums,
-            first_batch=run.batches_done,
-            batches=run.batches_per_epoch,
-            title=f"epoch {run.epoch}/{recipe.epochs}",
-            after_batch=run.after_train_batch,
+            run.step, train_loader, run.totals, title=title, after_batch=run.after_train_batch
         )
-        test_metrics = evaluate(
-            run.model,
-            chosen_on,
-            precision=recipe.precision,
-            title=f"test of epoch {run.epoch}/{recipe.epochs}",
-            after_batch=run.after_test_batch,
-        )
-        run.finish_epoch(train_metrics, test_metrics, test_average(run, chosen_on))
-        after_epoch()
-    run.stop_if_asked()
+        val_metrics = test(run, run.model, val_batches, f"test of {title}")
+        average_metrics = None
+        if run.averaging is not None:
+            run.averaging.refresh()
+            average_metrics = test(run, run.averaging.network, val_batches, "test of averaged weights")
+        run.finish_epoch(train_metrics, val_metrics, average_metrics)
+        if time.monotonic() - plotted_at > PLOT_EVERY_S:
+            plot_curves(run)
+            plotted_at = time.monotonic()
+        if board is not None:
+            board.add_epoch(run.history[-1], run.model)
 
 
-def start_board(args: argparse.Namespace, run: Run, loader: DataLoader) -> Callable[[], None]:
-    """What writes the last epoch to TensorBoard; without --tensorboard it does nothing."""
-    if not args.tensorboard or not distributed.is_main():
-        return lambda: None
-    board = TensorBoard(run.files.path("_tensorboard"), first_epoch=run.epoch)
-    board.show_start(run.model, loader, run.epoch)
-    return lambda: board.add_epoch(run.history[-1], run.model)
+def test(run: Run, model: nn.Module, batches: list[tuple], title: str) -> Metrics:
+    """The metrics of `model` over `batches` (of every process), at the run's precision."""
+    return evaluate(
+        model, batches, precision=run.recipe.precision, title=title, after_batch=run.after_test_batch
+    )
 
 
 def finish(run: Run, test_batches: list[tuple]) -> None:
-    """Write the results and say what the run came to; with held-out images, read the test set now."""
-    tests = {}
+    """Write the results and log the analysis; with held-out images, the test set is read only now."""
+    final_test = {}
     if run.recipe.val_split:
-        final = {name: value.clone() for name, value in run.eval_model.state_dict().items()}
-        for key, weights in (("best", run.best["model"]), ("last", final)):
+        last = {name: value.clone() for name, value in run.eval_model.state_dict().items()}
+        for key, weights in (("best", run.best["model"]), ("last", last)):
             run.model.load_state_dict(weights)
-            tests[key] = evaluate(
-                run.model, test_batches, precision=run.recipe.precision, after_batch=run.after_test_batch
-            )
-    run.finish(tests)
-    for line in analyse(run.history, run.recipe, run.best["epoch"], run.elapsed_s, tests):
+            final_test[key] = test(run, run.model, test_batches, "test")
+    plot_curves(run)
+    run.finish(final_test)
+    for line in analyse(run.history, run.recipe, run.best["epoch"], run.elapsed_s, final_test):
         LOG.info(line)
     LOG.info(f"Results: {run.files.results}")
 
 
-def load_state(args: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | None]:
-    """The state to resume from and its file, or two times None for a new run.
-
-    Raises:
-        RunError: --resume names a file that is missing, damaged or of another kind.
-    """
-    if args.resume is None:
-        return None, None
-    if args.resume:
-        source = Path(args.resume)
-        files = RunFiles.of_last(source)
-        state = files.load_last() if files else ckpt.load_checkpoint(source)
-    else:
-        files = RunFiles(args.output_dir or Path("output"), args.name or DEFAULT_NAME)
-        source, state = files.last, files.load_last()
-    if state.get("kind") != "last" or not isinstance(state.get("recipe"), dict):
-        raise RunError(f"{source} is no state to resume from: name a NAME_last.pth")
-    return state, source
+# ---- before training: recipe, data, files ----
 
 
-def is_finished(state: dict[str, Any], source: Path, epochs: int) -> bool:
-    """Whether the run of `state` has its results on disk; says so, since there is nothing to go on with."""
-    files, history = RunFiles.of_last(source), state.get("history")
-    if files is None or not isinstance(history, list) or len(history) < epochs or not files.results.exists():
-        return False
-    try:
-        results = ckpt.load_checkpoint(files.results)
-        if any(results.get(key) != state.get(key) for key in ("name", "recipe", "history")):
-            return False
-    except (RunError, RuntimeError, ValueError):  # damaged, or tensors where none belong: written anew
-        return False
-    LOG.info(f"{files.name} is finished, nothing is left to train. Results: {files.results}")
-    return True
-
-
-def starting_recipe(args: argparse.Namespace, state: dict[str, Any] | None, device: torch.device) -> Recipe:
-    """The recipe of the flags, or that of the resumed checkpoint; the questions may still change it.
+def choose_recipe(args: argparse.Namespace, saved: SavedRun | None, device: torch.device) -> Recipe:
+    """The recipe of the flags, or that of the saved run; the questions may still change a new one.
 
     Raises:
         UsageError: the flags contradict each other or the checkpoint.
     """
-    if state is not None:
-        recipe = Recipe.from_dict(state["recipe"])
-        check_resume_flags(args, recipe)
-        kept = args.precision in (None, "auto")
-        return recipe if kept else replace(recipe, precision=args.precision)
-    precision = args.precision
-    if precision in (None, "auto"):
-        precision = "bf16" if native_bf16(device) else "fp32"
-    recipe = recipe_from(args, precision)
+    precision = None if args.precision == "auto" else args.precision
+    if saved is not None:
+        check_resume_flags(args, saved.recipe)
+        return replace(saved.recipe, precision=precision or saved.recipe.precision)
+    recipe = recipe_from(args, precision or ("bf16" if native_bf16(device) else "fp32"))
     if recipe.batch_size % distributed.world_size():
         raise UsageError(
             f"--batch-size {recipe.batch_size} does not divide by {distributed.world_size()} processes"
@@ -231,7 +306,32 @@ def starting_recipe(args: argparse.Namespace, state: dict[str, Any] | None, devi
     return recipe
 
 
-def splits(data: ImageData, recipe: Recipe) -> tuple[Split, Split, Split | None]:
+def load_data(recipe: Recipe, settings: Settings, *, may_ask: bool) -> tuple[ImageData, Recipe]:
+    """The images; where CIFAR-100 is unavailable, a person at a terminal is offered the synthetic set.
+
+    The main process downloads; the others wait for it and read what it wrote.
+
+    Raises:
+        DatasetUnavailable: CIFAR-100 is unavailable and nobody accepted the offer.
+    """
+    dataset, data = recipe.dataset, None
+    if distributed.is_main():
+        try:
+            data = load_dataset(dataset, settings.data_dir, url=settings.data_url)
+        except DatasetUnavailable as error:
+            if settings.yes or not may_ask or not is_interactive():
+                raise
+            print(error)
+            if not ask_yes_no("Train on the built-in synthetic images instead? (y/n, default: y): "):
+                raise RunError("no data to train on") from None
+            dataset = "synthetic"
+    dataset = distributed.broadcast_object(dataset)
+    if data is None:
+        data = load_dataset(dataset, settings.data_dir, url=settings.data_url)
+    return data, replace(recipe, dataset=dataset)
+
+
+def make_splits(data: ImageData, recipe: Recipe) -> tuple[Split, Split, Split | None]:
     """The training, test and held-out images that the recipe asks for; None where none are held out."""
     train_split, test_split, val_split = data.train, data.test, None
     if recipe.limit_train:
@@ -244,91 +344,212 @@ def splits(data: ImageData, recipe: Recipe) -> tuple[Split, Split, Split | None]
 
 
 def rank_shard(split: Split) -> Split:
-    """The images that this process tests: with several processes each takes every so-manieth, none twice."""
-    share = slice(distributed.rank(), None, distributed.world_size())
-    return Split(np.ascontiguousarray(split.images[share]), split.labels[share])
+    """The images that this process tests: every world_size-th image, from its rank on."""
+    shard = slice(distributed.rank(), None, distributed.world_size())
+    return Split(np.ascontiguousarray(split.images[shard]), split.labels[shard])
 
 
-def say_what_is_trained(
-    recipe: Recipe, model: nn.Module, device: torch.device, train_split: Split, test_split: Split
-) -> None:
-    """Log the first line of a run and, to trace it by, its command and versions."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    LOG.info(
-        f"Device: {kind}, {recipe.precision} | Network: {recipe.model}, "
-        f"{count_parameters(model):,} parameters | Data: {recipe.data_note}, "
-        f"{len(train_split):,} train / {len(test_split):,} test | Recipe: SGD, batch "
-        f"{recipe.batch_size}, weight decay {recipe.weight_decay:g}, {recipe.scheduler}, "
-        f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.non_default_note}"
-    )
-    LOG.info(f"Command: {shlex.join(['python', *sys.argv])}")
-    versions = {"code": ckpt.commit(), **ckpt.versions()}
-    LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+def choose_files(recipe: Recipe, settings: Settings, folder: Path, saved: SavedRun | None) -> RunFiles:
+    """Where the run writes: an earlier run's files are replaced only by --overwrite or a y at a terminal.
+
+    A resumed run continues its own files, and never those of another run.
+    """
+    if saved is not None:
+        files = RunFiles(folder, settings.name or saved.name)
+        own = saved.path.resolve() in (files.last.resolve(), files.previous.resolve())
+        if own or settings.overwrite or not distributed.broadcast_object(files.exists):
+            return files
+        free = distributed.broadcast_object(files.next_free())
+        LOG.info(f"{files.last} is not {saved.path} and is kept; this run writes {free.name}.")
+        return free
+    name = settings.name or DEFAULT_NAME
+    if recipe.dataset == "synthetic" and "synthetic" not in name:
+        name += "_synthetic"
+    files = RunFiles(folder, name)
+    if not distributed.broadcast_object(files.exists) or settings.overwrite:
+        return files
+    free = distributed.broadcast_object(files.next_free())
+    if not settings.yes and distributed.broadcast_object(is_interactive()):
+        question = f"{folder} holds a run {name}. Overwrite it? (y/n, default: n): "
+        if ask_yes_no(question, default=False):
+            return files
+    LOG.info(f"{name} is kept (--resume resumes it); this run writes {free.name}.")
+    return free
 
 
-def start_run(
-    args: argparse.Namespace,
+# ---- the questions ----
+
+
+def ask_questions(
+    recipe: Recipe, settings: Settings, model: nn.Module, train_split: Split, files: RunFiles
+) -> Recipe:
+    """The recipe with the answers to the three questions: LR finder? its rate? how many epochs?
+
+    A flag given is a question not asked; with --lr or --max-lr the finder only runs on --lr-finder.
+    """
+    lr, wanted = recipe.lr, settings.lr_finder
+    if wanted is None:
+        wanted = not settings.lr_given and (
+            settings.yes or ask_yes_no("Do you want to run LR Finder? (y/n, default: y): ")
+        )
+    if wanted:
+        suggested = run_lr_finder(recipe, model, train_split, files)
+        if not settings.lr_given:
+            question = f"Use suggested LR {suggested:.2e}? (y/n, default: y): "
+            if settings.yes or ask_yes_no(question):
+                lr = suggested
+            else:
+                lr = ask(
+                    f"Enter learning rate (default {DEFAULT_LR:.2e}): ",
+                    DEFAULT_LR,
+                    as_answer(number(1e-8, 100), "The learning rate"),
+                    shown=f"{DEFAULT_LR:.2e}",
+                )
+    elif not settings.lr_given:
+        LOG.info(f"No LR finder: the learning rate is {lr:.2e}, the default.")
+    epochs = recipe.epochs
+    if not settings.epochs_given and not settings.yes:
+        lowest = recipe.milestones[-1] + 1 if recipe.milestones else 1
+        epochs = ask(
+            f"Select number of epochs for training (default {DEFAULT_EPOCHS}): ",
+            DEFAULT_EPOCHS,
+            as_answer(whole_number(lowest, MAX_EPOCHS), "The number of epochs"),
+            shown=str(DEFAULT_EPOCHS),
+        )
+    return replace(recipe, lr=lr, epochs=epochs)
+
+
+def run_lr_finder(recipe: Recipe, model: nn.Module, train_split: Split, files: RunFiles) -> float:
+    """Run the LR finder on the main process, on whole batches, and plot it; returns the suggested rate."""
+    found = None
+    if distributed.is_main():
+        LOG.info("LR finder: 200 batches at rising learning rates, on a copy of the network")
+        found = find_lr(
+            model,
+            recipe.build_criterion(),
+            recipe.build_optimizer,
+            make_train_loader(
+                train_split, batch_size=recipe.batch_size, seed=recipe.seed, augment=recipe.augment
+            ),
+            precision=recipe.precision,
+        )
+        LOG.info(found.summary)
+        path = plot_lr_finder(
+            found.learning_rates,
+            found.losses,
+            found.suggested_lr,
+            files.path("_lr_finder.png"),
+            smoothed=found.smoothed,
+            title=f"LR finder: {recipe.model} on {recipe.data_note}",
+        )
+        LOG.info(f"LR finder plot: {path}")
+    return distributed.broadcast_object(found.suggested_lr if found else None)
+
+
+# ---- the parts of a run ----
+
+
+def load_teacher(recipe: Recipe, data: ImageData, device: torch.device, files: RunFiles) -> nn.Module | None:
+    """The network that --teacher names; None without it.
+
+    Raises:
+        RunError: it cannot be loaded, or was trained on other classes.
+        UsageError: the run itself, which writes `files`, would replace it.
+    """
+    if recipe.teacher is None:
+        return None
+    if Path(recipe.teacher).resolve() in [path.resolve() for path in files.checkpoints]:
+        raise UsageError(f"--teacher {recipe.teacher} would be replaced by this run: pass another --name")
+    teacher = load_model(recipe.teacher, device)
+    if teacher.classes != tuple(data.classes):
+        raise RunError(f"--teacher {recipe.teacher} was trained on other classes than {data.name} has")
+    return teacher.model
+
+
+def build_step(
     recipe: Recipe,
-    data: ImageData,
+    settings: Settings,
     model: nn.Module,
     teacher: nn.Module | None,
+    *,
+    classes: int,
     batches_per_epoch: int,
-    files: RunFiles,
-    interrupts: Interrupts,
-    state: dict[str, Any] | None,
-    source: Path | None,
-) -> Run:
-    """The run at its first batch, or at the batch after the last one of the resumed state."""
-    optimizer = recipe.build_optimizer(model)
+    saved: SavedRun | None,
+) -> TrainStep:
+    """The training step of `recipe`: optimizer, schedule, precision, compilation, optional techniques."""
     device = next(model.parameters()).device
+    stored_compile = (
+        saved.state.get("compile") if saved and saved.recipe.precision == recipe.precision else None
+    )
     images = batches_per_epoch * recipe.batch_size * recipe.epochs
-    changed = state is not None and recipe.precision != state["recipe"]["precision"]
-    stored = state.get("compile") if state and not changed else None
-    use_compile, why = choose_compile(args.compile, device, recipe.precision, images, stored)
+    use_compile, why = choose_compile(settings.compile, device, recipe.precision, images, stored_compile)
     LOG.info(f"torch.compile: {'on' if use_compile else 'off'} ({why})")
-    step = TrainStep(
+    optimizer = recipe.build_optimizer(model)
+    return TrainStep(
         model,
         recipe.build_criterion(),
         optimizer,
         recipe.build_scheduler(optimizer, batches_per_epoch),
         precision=recipe.precision,
         compile_model=use_compile,
-        sync_bn=args.sync_bn,
+        sync_bn=settings.sync_bn,
+        rank_batch_size=recipe.batch_size // distributed.world_size(),
         techniques=build_techniques(
-            recipe,
-            model,
-            classes=len(data.classes),
-            batches_per_epoch=batches_per_epoch,
-            teacher=teacher,
+            recipe, model, classes=classes, batches_per_epoch=batches_per_epoch, teacher=teacher
         ),
     )
-    run = Run(
-        files,
-        recipe,
-        model,
-        step,
-        batches_per_epoch,
-        interrupts,
-        resume_command=resume_command(args, files),
-        checkpoint_every_s=60 * args.checkpoint_every,
-        extra={
-            "compile": use_compile,
-            "commit": ckpt.commit(),
-            "classes": list(data.classes),
-            "superclasses": list(data.superclasses),
-            "superclass_of": data.superclass_of.tolist(),
-        },
+
+
+def start_tensorboard(run: Run, settings: Settings, train_loader: DataLoader) -> TensorBoard | None:
+    """The writer for --tensorboard, on the main process."""
+    if not settings.tensorboard or not distributed.is_main():
+        return None
+    board = TensorBoard(run.files.path("_tensorboard"), first_epoch=run.epoch)
+    board.show_start(run.model, train_loader, run.epoch)
+    return board
+
+
+def plot_curves(run: Run) -> None:
+    """Draw the curves of the epochs so far, on the main process."""
+    if run.history and distributed.is_main():
+        plot_history(
+            run.history,
+            run.files.path("_training_plots.png"),
+            milestones=run.recipe.milestone_epochs,
+            title=f"{run.recipe.model} on {run.recipe.data_note}",
+            target_accuracy=run.recipe.target_accuracy,
+            best_epoch=run.best["epoch"] or None,
+        )
+
+
+def log_header(recipe: Recipe, model: nn.Module, device: torch.device, *, images: tuple[int, int]) -> None:
+    """Log what is trained and, to trace it by, the command and the versions.
+
+    Args:
+        images: the numbers of training and test images.
+    """
+    LOG.info(
+        f"Device: {device_name(device)}, {precision_name(recipe.precision, device)} | "
+        f"Network: {recipe.model}, {count_parameters(model):,} parameters | Data: {recipe.data_note}, "
+        f"{images[0]:,} train / {images[1]:,} test | Recipe: SGD, batch {recipe.batch_size}, "
+        f"weight decay {recipe.weight_decay:g}, {recipe.scheduler}, {recipe.augment} augmentation, "
+        f"seed {recipe.seed}{recipe.non_default_note}"
     )
-    plural = "" if recipe.epochs == 1 else "s"
-    LOG.info(f"Training: {recipe.epochs} epoch{plural}, {recipe.schedule_note}")
-    if state is None:
-        run.save()  # so that from now on there is always a state to resume
-    else:
-        run.restore(state, source)
-        LOG.info(f"Resumed {source}: epoch {run.epoch}, batch {run.batches_done} of {batches_per_epoch}")
-    if changed:
-        LOG.info(f"Precision: {recipe.precision} from here on, {state['recipe']['precision']} until here")
-    return run
+    LOG.info(f"Command: {shell_command(['python', *sys.argv])}")
+    found = {"code": code_version(), **versions()}
+    LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()))
+
+
+def build_parser() -> Parser:
+    """The parser of train.py. A flag that is not given is None: then a question, or the default, decides."""
+    parser = Parser(
+        prog="train.py",
+        description="Train ResNet-56 (or a relative) on CIFAR-100. Without flags, it asks three questions.",
+        epilog=f"{presets_table()}\n\nexample: python train.py --yes --epochs 100 --name my_run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
 
 
 if __name__ == "__main__":

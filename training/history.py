@@ -1,5 +1,7 @@
-"""The words at the end of a run: accuracies, phases of the schedule, generalisation gap, losses, time."""
+"""A run's history: its CSV table, the line of each epoch, and the analysis at the end."""
 
+import csv
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,3 +81,40 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min {rest:02d} s" if hours else f"{minutes} min {rest:02d} s"
+
+
+def history_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The history as CSV: losses with 6 decimals, percentages with 4, rates with 8 significant digits."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow([_cell(key, value) for key, value in row.items()])
+    return out.getvalue()
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "epoch":
+        return str(value)
+    if key == "learning_rate":
+        return f"{value:.8g}"
+    return f"{value:.4f}" if key.endswith("_percent") else f"{value:.6f}"
+
+
+def epoch_line(history: Sequence[Mapping[str, Any]], recipe: Recipe, is_best: bool) -> str:
+    """The last epoch in the reference's form, with marks for the target accuracy and a new best."""
+    row, split = history[-1], recipe.selection_split
+    label, column = split.capitalize(), f"{recipe.selection_metric}_acc_percent"
+    line = (
+        f"Epoch [{row['epoch']}/{recipe.epochs}] - "
+        f"Train Loss: {row['train_loss']:.4f}, Train Acc: {row['train_acc_percent']:.2f}% - "
+        f"{label} Loss: {row[f'{split}_loss']:.4f}, {label} Acc: {row[f'{split}_acc_percent']:.2f}%"
+    )
+    if recipe.uses_averaging:
+        line += f", Averaged weights: {row[column]:.2f}%"
+    target = recipe.target_accuracy
+    if row[column] >= target and all(earlier[column] < target for earlier in history[:-1]):
+        line += f" [target {target:g}% reached]"
+    if is_best:
+        line += " [best]"
+    return line + (" (synthetic data)" if recipe.dataset == "synthetic" else "")

@@ -1,9 +1,11 @@
-"""A training run on disk: its files, its state from batch to batch, and what it says at the end."""
+"""A training run: its files, the state to resume it from, and its state from batch to batch."""
 
-import csv
-import io
 import math
+import os
+import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,16 @@ from core import distributed
 from core.cli import LOG, Interrupts
 from core.errors import RunError
 from core.files import atomic_write_text
-from inspection.curves import plot_history
 from training import checkpoint as ckpt
-from training.engine import Metrics, Sums, TrainStep
+from training.engine import Metrics, RunningTotals, TrainStep
+from training.history import epoch_line, history_csv
 from training.recipe import Recipe
-from training.run_files import RunFiles
 
-# On a GPU an epoch takes seconds: the plots are then drawn at most this often, and always at the end.
-PLOT_EVERY_S = 5.0
+# A run keeps about this many times the bytes of its network's weights: the last state, the one before it and
+# the temporary file of the next one, of three each (weights, momentum, best weights); the best weights; the
+# results. The plots and the table come on top.
+WEIGHTS_KEPT = 11
+OTHER_BYTES = 2 << 20
 # How often several processes on GPUs agree on an interrupt; each time waits for the device.
 AGREE_EVERY = 20
 
@@ -30,29 +34,226 @@ class Interrupted(Exception):
     """The run was interrupted and its state is saved."""
 
 
-class Run:
-    """One run's state, and when it goes to disk.
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of the run `name` in `folder`."""
 
-    `epoch` is the epoch being trained, from 1; `batches_done` its batches that are done; `sums` their loss
-    and hits; `history` one row for each finished epoch. No wall-clock time is in the history, so that a run
-    resumed after a kill writes the same bytes as one that went through.
+    folder: Path
+    name: str
+
+    def path(self, ending: str) -> Path:
+        """The run's file with that ending, for example `_last.pth`."""
+        return self.folder / f"{self.name}{ending}"
+
+    @property
+    def last(self) -> Path:
+        """The state to resume from."""
+        return self.path("_last.pth")
+
+    @property
+    def previous(self) -> Path:
+        """The state before the last one, used where the last one is damaged."""
+        return self.path("_last.prev.pth")
+
+    @property
+    def damaged(self) -> Path:
+        """Where a damaged last state is moved to."""
+        return self.path("_last.damaged.pth")
+
+    @property
+    def best(self) -> Path:
+        """The weights of the best epoch so far."""
+        return self.path("_best.pth")
+
+    @property
+    def results(self) -> Path:
+        """What a finished run leaves: best weights, history, recipe, versions."""
+        return self.path("_training_results.pth")
+
+    @property
+    def checkpoints(self) -> tuple[Path, ...]:
+        """Every checkpoint that the run may write."""
+        return (self.last, self.previous, self.damaged, self.best, self.results)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run of this name, finished or not, is in the folder."""
+        return any(path.exists() for path in (self.last, self.previous, self.best, self.results))
+
+    @classmethod
+    def of_last(cls, path: Path) -> "RunFiles | None":
+        """The files of the run whose state `path` is; None where it is not called NAME_last.pth."""
+        name = path.name.removesuffix("_last.pth")
+        return None if name == path.name else cls(path.parent, name)
+
+    def next_free(self) -> "RunFiles":
+        """These files, or those of NAME-2, NAME-3, ... where a run of the name exists already."""
+        files, number = self, 1
+        while files.exists:
+            number += 1
+            files = RunFiles(self.folder, f"{self.name}-{number}")
+        return files
+
+    def prepare(self) -> None:
+        """Create the folder and check that files can be written there.
+
+        Raises:
+            RunError: it cannot be created or written to; the message says why.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise RunError(f"{self.folder} is a file, not a folder: pass another --output-dir") from None
+        except OSError as error:
+            raise RunError(f"cannot create the folder {self.folder}: {error.strerror}") from None
+        probe = self.path("_probe")
+        atomic_write_text(probe, "")
+        probe.unlink(missing_ok=True)
+
+    def check_space(self, weights_bytes: int) -> None:
+        """Check that the disk has room for the run's files.
+
+        Args:
+            weights_bytes: the size of the network's weights.
+
+        Raises:
+            RunError: it has not.
+        """
+        present = (self.last, self.previous, self.best, self.results)
+        reused = sum(path.stat().st_size for path in present if path.exists())
+        needed = WEIGHTS_KEPT * weights_bytes + OTHER_BYTES - reused
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise RunError(
+                f"the disk of {self.folder} has {free / 1e6:,.1f} MB left, the run needs about "
+                f"{needed / 1e6:,.1f}: free some space, or pass another --output-dir"
+            )
+
+    def remove_earlier_run(self) -> None:
+        """Delete what an earlier run of the name left, once the new one's first state is its `last`."""
+        tables = self.path("_history.csv"), self.path("_training_plots.png")
+        for path in {*self.checkpoints, *tables} - {self.last}:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise RunError(f"cannot delete {path}: {error.strerror or error}") from None
+
+    def load_last(self) -> dict[str, Any]:
+        """The state to resume from: the last one or, where that is damaged, the one before it.
+
+        Raises:
+            RunError: neither can be read.
+        """
+        if not self.last.exists() and not self.previous.exists():
+            others = sorted(path.name for path in self.folder.glob("*_last.pth"))
+            hint = f"; there is {', '.join(others[:5])}: pass --resume FILE" if others else ""
+            raise RunError(f"nothing to resume: {self.last} does not exist{hint}")
+        if not self.last.exists():  # killed between the two moves of a save
+            LOG.warning(f"{self.last} is missing. Resuming from the checkpoint before it, {self.previous}")
+            return ckpt.load_checkpoint(self.previous)
+        try:
+            return ckpt.load_checkpoint(self.last)
+        except RunError as error:
+            if not self.previous.exists():
+                raise
+            try:
+                state = ckpt.load_checkpoint(self.previous)
+            except RunError as earlier:
+                raise RunError(f"{error}; nor can the one before it be used: {earlier}") from None
+            LOG.warning(f"{error}. Resuming from the checkpoint before it, {self.previous}")
+            return state
+
+    def move_damaged_aside(self) -> None:
+        """Move a damaged last state away, so that the next save does not replace the good earlier one by it.
+
+        Only for the process that holds the run's lock: another one may be about to replace the file.
+        """
+        if not self.last.exists() or not self.previous.exists():
+            return
+        try:
+            ckpt.load_checkpoint(self.last)
+        except RunError:
+            try:
+                os.replace(self.last, self.damaged)
+            except OSError as error:
+                raise RunError(f"cannot move {self.last}: {error.strerror or error}") from None
+            LOG.warning(f"The damaged file is now {self.damaged}")
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRun:
+    """A state to resume from, and the file that it was read from."""
+
+    state: dict[str, Any]
+    path: Path
+
+    @classmethod
+    def load(cls, file: str | None, default: RunFiles) -> "SavedRun":
+        """The state in `file`, or the last one of the run `default` where no file is named.
+
+        Raises:
+            RunError: it is missing, damaged or of another kind.
+        """
+        files = RunFiles.of_last(Path(file)) if file else default
+        if files is None:
+            state, path = ckpt.load_checkpoint(file), Path(file)
+        else:
+            state, path = files.load_last(), files.last
+        if state.get("kind") != "last" or not isinstance(state.get("recipe"), dict):
+            raise RunError(f"{path} is not a state to resume from: name a NAME_last.pth")
+        return cls(state, path)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run.
+
+        Raises:
+            UsageError: it holds fields or values that this version does not know.
+        """
+        return Recipe.from_dict(self.state["recipe"])
+
+    @property
+    def results_if_finished(self) -> Path | None:
+        """The results file of the run where it is on disk and belongs to this state; else None."""
+        files, history = RunFiles.of_last(self.path), self.state.get("history")
+        epochs = self.recipe.epochs
+        if (
+            files is None
+            or not isinstance(history, list)
+            or len(history) < epochs
+            or not files.results.exists()
+        ):
+            return None
+        try:
+            results = ckpt.load_checkpoint(files.results)
+            same = all(results.get(key) == self.state.get(key) for key in ("name", "recipe", "history"))
+        except (RunError, RuntimeError, ValueError):  # damaged, or tensors where none belong: written again
+            return None
+        return files.results if same else None
+
+
+class Run:
+    """One run's state from batch to batch, and when it is written to disk.
+
+    `epoch` is the epoch in training, from 1, and `batches_done` the number of its batches that are done;
+    `totals` are their loss and hits; `history` has one row for each finished epoch. It holds no wall-clock
+    time, so that a run resumed after a kill writes the same bytes as one that was never interrupted.
     """
 
     def __init__(
         self,
         files: RunFiles,
         recipe: Recipe,
-        model: nn.Module,
         step: TrainStep,
+        *,
         batches_per_epoch: int,
         interrupts: Interrupts,
-        *,
         resume_command: str,
         checkpoint_every_s: float = 600.0,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        self.files, self.recipe, self.model, self.step = files, recipe, model, step
-        self.averaging = step.techniques.averaging
+        self.files, self.recipe, self.step = files, recipe, step
+        self.model, self.averaging = step.network, step.techniques.averaging
         self.batches_per_epoch = batches_per_epoch
         self.interrupts = interrupts
         self.resume_command = resume_command
@@ -60,118 +261,59 @@ class Run:
         self.extra = extra or {}
         self.epoch, self.batches_done = 1, 0
         self.learning_rate = recipe.lr
-        self.sums = Sums(step.device)
+        self.totals = RunningTotals(step.device)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"epoch": 0, "accuracy_percent": -math.inf, "model": {}}
         self.elapsed_s = 0.0
         self._clock = self._saved_at = time.monotonic()
-        self._plotted_at = -math.inf
-
-    # the split that the best epoch is chosen on
-    @property
-    def selection_split(self) -> str:
-        """ "val" where images are held out, else "test"."""
-        return "val" if self.recipe.val_split else "test"
 
     @property
     def eval_model(self) -> nn.Module:
         """The network whose weights the run leaves: the averaged one where there is one."""
         return self.averaging.network if self.averaging else self.model
 
-    def state(self) -> dict[str, Any]:
-        """Everything that going on exactly needs, as plain types and tensors."""
-        sums = distributed.sum_over_ranks(self.sums.values).tolist()
-        self._count_time()
-        return {
-            "kind": "last",
-            "name": self.files.name,
-            "recipe": self.recipe.to_dict(),
-            "epoch": self.epoch,
-            "batches_done": self.batches_done,
-            "learning_rate": self.learning_rate,
-            "sums": sums,
-            "model": self.model.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
-            "scheduler": ckpt.plain(self.step.scheduler.state_dict()),
-            "random": ckpt.random_state(),
-            "history": self.history,
-            "best": self.best,
-            "elapsed_s": self.elapsed_s,
-            "versions": ckpt.versions(),
-            **({"average": self.averaging.state()} if self.averaging else {}),
-            **self.extra,
-        }
-
-    def restore(self, state: dict[str, Any], source: Path) -> None:
-        """Go on from `state`.
+    def remaining_epochs(self) -> Iterator[int]:
+        """The epochs from the one in training to the recipe's last, each noted as it begins.
 
         Raises:
-            RunError: the state does not fit this network, or lacks an entry.
+            Interrupted: after the last epoch, where the run was asked to stop.
         """
-        ckpt.load_weights(self.model, state.get("model"), source)
-        try:
-            self.step.optimizer.load_state_dict(state["optimizer"])
-            self._check_momentum()
-            self.step.scheduler.load_state_dict(state["scheduler"])
-            if self.averaging:
-                self.averaging.restore(state["average"], source)
-            self.epoch, self.batches_done = int(state["epoch"]), int(state["batches_done"])
-            self.learning_rate = float(state["learning_rate"])
-            if distributed.is_main():  # the stored sums are those of all processes
-                self.sums.restore(state["sums"])
-            self.history = [dict(row) for row in state["history"]]
-            self.best = {key: state["best"][key] for key in ("epoch", "accuracy_percent", "model")}
-            self.elapsed_s = float(state["elapsed_s"])
-            if len(self.history) != self.epoch - 1 or not 0 <= self.batches_done <= self.batches_per_epoch:
-                raise ValueError("its history, epoch and batch do not fit together")
-            ckpt.restore_random_state(state["random"])
-        except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
-            raise RunError(f"{source} is no state to resume from: {error!r}"[:300]) from None
-
-    def _check_momentum(self) -> None:
-        """Refuse momentum of another shape than its weight, which SGD would only stumble over later."""
-        for weight, values in self.step.optimizer.state.items():
-            buffer = values.get("momentum_buffer")
-            if buffer is not None and buffer.shape != weight.shape:
-                raise ValueError("a momentum buffer is of another shape than its weight")
-
-    def save(self) -> None:
-        """Write the state to resume from, keeping the one before it; on the main process alone."""
-        state = self.state()
-        self._saved_at = time.monotonic()
-        if distributed.is_main():
-            ckpt.save_checkpoint(self.files.last, state, keep=self.files.previous)
+        self.interrupts.busy = True  # from here on there is a state to save
+        while self.epoch <= self.recipe.epochs:
+            self.begin_epoch()
+            yield self.epoch
+        self.stop_if_asked()
 
     def begin_epoch(self) -> None:
-        """Note the epoch's learning rate: that of its first batch, also where the epoch is gone on with."""
+        """Note the epoch's learning rate: that of its first batch, also when the epoch is resumed."""
         if self.batches_done == 0:
             self.learning_rate = self.step.optimizer.param_groups[0]["lr"]
 
     def after_train_batch(self, number: int) -> None:
-        """Between two batches of training: save when it is time; stop, with the state saved, when asked to.
+        """Between two training batches: save when it is time; stop, with the state saved, when asked to.
 
-        Several processes must agree on both, since saving sums over all of them: they do so after the same
-        batches, on GPUs after every AGREE_EVERY-th only.
+        Several processes must agree on both, since saving sums over all of them. They do so after the same
+        batches, on GPUs only after every AGREE_EVERY-th.
 
         Raises:
             Interrupted: after the state is saved.
         """
         self.batches_done = number
+        if distributed.world_size() > 1 and self.step.device.type != "cpu" and number % AGREE_EVERY:
+            return
         asked = self.interrupts.signal_number is not None
         due = time.monotonic() - self._saved_at > self.checkpoint_every_s
-        if distributed.world_size() > 1:
-            if self.step.device.type != "cpu" and number % AGREE_EVERY:
-                return
-            asked, due = (distributed.any_rank(flag, self.step.device) for flag in (asked, due))
+        asked, due = distributed.any_rank(self.step.device, asked, due)
         if asked:
             self._stop()
         if due:
             self._check_then_save()
 
     def after_test_batch(self, number: int) -> None:
-        """Between two batches of testing: stop, with the state saved, when asked to.
+        """Between two test batches: stop, with the state saved, when asked to.
 
-        Several processes test shares of unequal length and cannot agree here; they stop in the next epoch.
+        Several processes test different numbers of batches and cannot agree here; they stop in the next
+        epoch.
 
         Raises:
             Interrupted: after the state is saved.
@@ -185,7 +327,8 @@ class Run:
         Raises:
             Interrupted: after the state is saved.
         """
-        if distributed.any_rank(self.interrupts.signal_number is not None, self.step.device):
+        [asked] = distributed.any_rank(self.step.device, self.interrupts.signal_number is not None)
+        if asked:
             self._stop()
 
     def _stop(self) -> None:
@@ -194,131 +337,152 @@ class Run:
         else:
             self._check_then_save()
             where = f"in epoch {self.epoch}"
-        LOG.info(f"Stopped {where}. Go on with: {self.resume_command}")
+        LOG.info(f"Stopped {where}. Resume with: {self.resume_command}")
         raise Interrupted
 
-    def _check_then_save(self) -> None:
-        """Save unless the state is spoilt by a NaN that the loop has not seen yet."""
-        finite = all(bool(torch.isfinite(value).all()) for value in self.model.parameters())
-        if finite and int(self.sums.bad_batch.item()) == Sums.NONE:
-            self.save()
-
-    def finish_epoch(self, train: Metrics, chosen_on: Metrics, averaged: Metrics | None = None) -> None:
-        """Add the epoch's row to the history and write everything that stands after an epoch.
+    def finish_epoch(self, train: Metrics, val: Metrics, averaged: Metrics | None = None) -> None:
+        """Add the epoch's row to the history, and write history, best weights and state.
 
         Args:
-            chosen_on: the network's figures on the split that the best epoch is chosen on.
-            averaged: likewise the averaged weights', which then are what is chosen and kept.
+            val: the network's metrics on the split that the best epoch is chosen on.
+            averaged: those of the averaged weights, which then are chosen and kept.
         """
+        split = self.recipe.selection_split
         row = {
             "epoch": self.epoch,
             "learning_rate": self.learning_rate,
             "train_loss": train.loss,
             "train_acc_percent": train.accuracy_percent,
-            f"{self.selection_split}_loss": chosen_on.loss,
-            f"{self.selection_split}_acc_percent": chosen_on.accuracy_percent,
+            f"{split}_loss": val.loss,
+            f"{split}_acc_percent": val.accuracy_percent,
         }
         if averaged is not None:
-            row[f"ema_{self.selection_split}_loss"] = averaged.loss
-            row[f"ema_{self.selection_split}_acc_percent"] = averaged.accuracy_percent
+            row[f"ema_{split}_loss"] = averaged.loss
+            row[f"ema_{split}_acc_percent"] = averaged.accuracy_percent
         self.history.append(row)
         accuracy = row[f"{self.recipe.selection_metric}_acc_percent"]
         is_best = accuracy > self.best["accuracy_percent"]
         if is_best:
             weights = {k: v.detach().cpu().clone() for k, v in self.eval_model.state_dict().items()}
             self.best = {"epoch": self.epoch, "accuracy_percent": accuracy, "model": weights}
-        LOG.info(self._epoch_line(row, is_best))
+        LOG.info(epoch_line(self.history, self.recipe, is_best))
         self.epoch, self.batches_done = self.epoch + 1, 0
-        self.sums = Sums(self.step.device)
+        self.totals = RunningTotals(self.step.device)
         if distributed.is_main():
             self.write_history()
             if is_best:
-                ckpt.save_checkpoint(self.files.best, self.weights_state("best"))
+                ckpt.save_checkpoint(self.files.best, self._weights_state("best"))
         self.save()  # last: a kill before it repeats the epoch, with the same result
 
-    def _epoch_line(self, row: dict[str, Any], is_best: bool) -> str:
-        """The epoch in the reference's form, with marks for the target and a new best."""
-        choice, label = self.selection_split, self.selection_split.capitalize()
-        accuracy = row[f"{choice}_acc_percent"]
-        line = (
-            f"Epoch [{self.epoch}/{self.recipe.epochs}] - "
-            f"Train Loss: {row['train_loss']:.4f}, Train Acc: {row['train_acc_percent']:.2f}% - "
-            f"{label} Loss: {row[f'{choice}_loss']:.4f}, {label} Acc: {accuracy:.2f}%"
-        )
-        target, column = self.recipe.target_accuracy, f"{self.recipe.selection_metric}_acc_percent"
-        if self.averaging:
-            accuracy = row[column]
-            line += f", Averaged weights: {accuracy:.2f}%"
-        earlier = [past[column] for past in self.history[:-1]]
-        if accuracy >= target and all(past < target for past in earlier):
-            line += f" [target {target:g}% reached]"
-        if is_best:
-            line += " [best]"
-        return line + (" (synthetic data)" if self.recipe.dataset == "synthetic" else "")
+    def finish(self, final_test: dict[str, Metrics]) -> None:
+        """Write the results file at the end of the run.
 
-    def write_history(self, final: bool = False) -> None:
-        """Write the history as CSV and, when it is time or `final`, as plots."""
-        if not self.history:
+        Args:
+            final_test: with held-out images, the test metrics of the best and the last epoch; else empty.
+        """
+        self._count_time()
+        if not distributed.is_main():
             return
-        atomic_write_text(self.files.path("_history.csv"), history_csv(self.history))
-        if final or time.monotonic() - self._plotted_at > PLOT_EVERY_S:
-            plot_history(
-                self.history,
-                self.files.path("_training_plots.png"),
-                milestones=self.recipe.milestone_epochs,
-                title=f"{self.recipe.model} on {self.recipe.data_note}",
-                target_accuracy=self.recipe.target_accuracy,
-                best_epoch=self.best["epoch"] or None,
-            )
-            self._plotted_at = time.monotonic()
+        self.write_history()
+        tests = {
+            key: {"loss": m.loss, "accuracy_percent": m.accuracy_percent, "images": m.images}
+            for key, m in final_test.items()
+        }
+        results = self._weights_state("results") | {"elapsed_s": self.elapsed_s, "final_test": tests}
+        ckpt.save_checkpoint(self.files.results, results)
 
-    def weights_state(self, kind: str) -> dict[str, Any]:
-        """The best epoch's weights with all that using them needs."""
+    def write_history(self) -> None:
+        """Write the history as a CSV table."""
+        if self.history:
+            atomic_write_text(self.files.path("_history.csv"), history_csv(self.history))
+
+    def save(self) -> None:
+        """Write the state to resume from and keep the one before it; all processes must call this."""
+        state = self.state()
+        self._saved_at = time.monotonic()
+        if distributed.is_main():
+            ckpt.save_checkpoint(self.files.last, state, keep=self.files.previous)
+
+    def _check_then_save(self) -> None:
+        """Save, unless a NaN that the loop has not noticed yet is in the state."""
+        finite = all(bool(torch.isfinite(value).all()) for value in self.model.parameters())
+        if finite and int(self.totals.bad_batch.item()) == RunningTotals.NO_BAD_BATCH:
+            self.save()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that resuming exactly needs, as plain types and tensors."""
+        totals = distributed.sum_over_ranks(self.totals.values).tolist()
+        self._count_time()
+        return {
+            "kind": "last",
+            "name": self.files.name,
+            "recipe": self.recipe.to_dict(),
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "learning_rate": self.learning_rate,
+            "sums": totals,
+            "model": self.model.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "scheduler": ckpt.plain(self.step.scheduler.state_dict()),
+            "random": ckpt.random_state(),
+            "history": self.history,
+            "best": self.best,
+            "elapsed_s": self.elapsed_s,
+            "versions": ckpt.versions(),
+            **({"average": self.averaging.state()} if self.averaging else {}),
+            **self.extra,
+        }
+
+    def restore(self, saved: SavedRun) -> None:
+        """Restore what `state` returned.
+
+        Raises:
+            RunError: the state does not fit this network, or lacks an entry.
+        """
+        state, source = saved.state, saved.path
+        ckpt.load_weights(self.model, state.get("model"), source)
+        try:
+            self.step.optimizer.load_state_dict(state["optimizer"])
+            self._check_momentum()
+            self.step.scheduler.load_state_dict(state["scheduler"])
+            if self.averaging:
+                self.averaging.restore(state["average"], source)
+            self.epoch, self.batches_done = int(state["epoch"]), int(state["batches_done"])
+            self.learning_rate = float(state["learning_rate"])
+            if distributed.is_main():  # the stored totals are those of all processes
+                self.totals.restore(state["sums"])
+            self.history = [dict(row) for row in state["history"]]
+            self.best = {key: state["best"][key] for key in ("epoch", "accuracy_percent", "model")}
+            self.elapsed_s = float(state["elapsed_s"])
+            if len(self.history) != self.epoch - 1 or not 0 <= self.batches_done <= self.batches_per_epoch:
+                raise ValueError("its history, epoch and batch do not fit together")
+            ckpt.restore_random_state(state["random"])
+        except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+            raise RunError(f"{source} is not a state to resume from: {error!r}"[:300]) from None
+
+    def _check_momentum(self) -> None:
+        """Refuse momentum of another shape than its weight, which SGD would only fail on later."""
+        for weight, values in self.step.optimizer.state.items():
+            buffer = values.get("momentum_buffer")
+            if buffer is not None and buffer.shape != weight.shape:
+                raise ValueError("a momentum buffer has another shape than its weight")
+
+    def _weights_state(self, kind: str) -> dict[str, Any]:
+        """The best epoch's weights with everything that using them needs."""
         return {
             "kind": kind,
             "name": self.files.name,
             "recipe": self.recipe.to_dict(),
             "epoch": self.best["epoch"],
             "accuracy_percent": self.best["accuracy_percent"],
-            "chosen_on": self.selection_split,
+            "chosen_on": self.recipe.selection_split,
             "model": self.best["model"],
             "history": self.history,
             "versions": ckpt.versions(),
             **self.extra,
         }
 
-    def finish(self, final_test: dict[str, Metrics] | None = None) -> None:
-        """Write the results file and the last plots, at the end of the last epoch."""
-        self._count_time()
-        if not distributed.is_main():
-            return
-        self.write_history(final=True)
-        tests = {
-            key: {"loss": m.loss, "accuracy_percent": m.accuracy_percent, "images": m.images}
-            for key, m in (final_test or {}).items()
-        }
-        results = self.weights_state("results") | {"elapsed_s": self.elapsed_s, "final_test": tests}
-        ckpt.save_checkpoint(self.files.results, results)
-
     def _count_time(self) -> None:
         now = time.monotonic()
         self.elapsed_s += now - self._clock
         self._clock = now
-
-
-def history_csv(rows: list[dict[str, Any]]) -> str:
-    """The history as CSV: losses with 6 decimals, percentages with 4, rates with 8 significant digits."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow([_cell(key, value) for key, value in row.items()])
-    return out.getvalue()
-
-
-def _cell(key: str, value: Any) -> str:
-    if key == "epoch":
-        return str(value)
-    if key == "learning_rate":
-        return f"{value:.8g}"
-    return f"{value:.4f}" if key.endswith("_percent") else f"{value:.6f}"

@@ -1,38 +1,51 @@
-"""What a recipe adds to the plain training step, built from the recipe; the step knows their order only."""
+"""The optional techniques of a training step, each off by default, and what builds them from a recipe.
 
-from collections.abc import Callable
+All that is random follows from (seed, step, rank), so that a resumed run draws what the unbroken one would
+have drawn, and no two steps or ranks draw the same.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torchvision.transforms import v2
 
+from cifar.dataset import Split
 from core import distributed
-from training.averaging import Averaging
-from training.distill import Distillation
-from training.mixing import Mixing, ProgressiveSize, SeededDraws
+from core.machine import autocast
+from training.checkpoint import load_weights
 from training.recipe import Recipe
-from training.sam import SAM_RHO, Clip, SharpnessAware
+from utils import make_test_batches
 
-View = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-Refinement = Callable[[Callable[[], object]], None]
+# Random streams, as the loader has its own (spawn keys 0 and 1).
+MIX_STREAM, NETWORK_STREAM = 17, 18
+# The radii that the papers found best for CIFAR-100.
+SAM_RHO = {"sam": 0.1, "asam": 1.0}
+# ASAM scales the perturbation of a weight by |w| plus this.
+ASAM_ETA = 0.01
+# Training images on which SWA's BatchNorm statistics are computed after each epoch.
+BN_UPDATE_IMAGES = 5000
 
 
 @dataclass(frozen=True, eq=False)
 class Techniques:
-    """The additions to a training step; by default there are none.
+    """What a recipe adds to the plain training step, in the order in which `TrainStep` applies it."""
 
-    Attributes:
-        views: each takes (images, targets, step number) and returns images and targets.
-        accumulate: the pieces that a batch is computed in.
-        distillation: (loss, logits, images) -> the loss to train on.
-        refinements: each takes a function that computes the gradients again, and changes the gradients.
-        averaging: called with the number of steps done, after each.
-    """
-
-    views: tuple[View, ...] = ()
-    accumulate: int = 1
-    distillation: Distillation | None = None
-    refinements: tuple[Refinement, ...] = ()
-    averaging: Averaging | None = None
+    network_seed: "StepSeed | None" = None  # for networks with dropout or stochastic depth
+    progressive_size: "ProgressiveSize | None" = None
+    mixing: "Mixing | None" = None
+    accumulate: int = 1  # micro-batches per batch
+    distillation: "Distillation | None" = None
+    sam: "SharpnessAware | None" = None
+    clip_norm: float = 0.0  # maximum norm of the whole gradient; 0: no clipping
+    averaging: "Averaging | None" = None
 
 
 def build_techniques(
@@ -43,37 +56,37 @@ def build_techniques(
     batches_per_epoch: int,
     teacher: nn.Module | None = None,
 ) -> Techniques:
-    """The additions that `recipe` asks for.
+    """The techniques of `recipe`.
 
     Args:
-        model: the network on its device, not yet wrapped or compiled.
+        model: the network on its device, before it is wrapped or compiled.
         teacher: the network of `recipe.teacher`, on the same device.
     """
-    draws = {"seed": recipe.seed, "rank": distributed.rank()}
-    views: list[View] = []
+    rank = distributed.rank()
+    network_seed = progressive_size = mixing = distillation = sam = averaging = None
     if recipe.drop_path or recipe.dropout:
-        views.append(SeededDraws(**draws))
+        network_seed = StepSeed(recipe.seed, NETWORK_STREAM, rank)
     if recipe.image_sizes is not None:
-        length = {"epochs": recipe.epochs, "batches_per_epoch": batches_per_epoch}
-        views.append(ProgressiveSize(recipe.image_sizes, **length))
+        progressive_size = ProgressiveSize(recipe.image_sizes, recipe.epochs, batches_per_epoch)
     if recipe.mix != "none":
-        chances = {
-            "probability": recipe.mix_probability,
-            "mixup_alpha": recipe.mixup_alpha,
-            "cutmix_alpha": recipe.cutmix_alpha,
-        }
-        views.append(Mixing(recipe.mix, classes=classes, **chances, **draws))
-    refinements: list[Refinement] = []
+        mixing = Mixing(
+            recipe.mix,
+            StepSeed(recipe.seed, MIX_STREAM, rank),
+            classes=classes,
+            probability=recipe.mix_probability,
+            mixup_alpha=recipe.mixup_alpha,
+            cutmix_alpha=recipe.cutmix_alpha,
+        )
+    if teacher is not None:
+        distillation = Distillation(
+            teacher,
+            alpha=recipe.distill_alpha,
+            temperature=recipe.distill_temperature,
+            precision=recipe.precision,
+        )
     if recipe.sam != "none":
         rho = recipe.sam_rho or SAM_RHO[recipe.sam]
-        refinements.append(SharpnessAware(model, rho, adaptive=recipe.sam == "asam"))
-    if recipe.clip_norm:
-        refinements.append(Clip(model, recipe.clip_norm))
-    distillation = None
-    if teacher is not None:
-        weighting = {"alpha": recipe.distill_alpha, "temperature": recipe.distill_temperature}
-        distillation = Distillation(teacher, precision=recipe.precision, **weighting)
-    averaging = None
+        sam = SharpnessAware(model, rho, adaptive=recipe.sam == "asam")
     if recipe.uses_averaging:
         averaging = Averaging(
             model,
@@ -81,4 +94,278 @@ def build_techniques(
             swa_start=recipe.swa_start or 1,
             batches_per_epoch=batches_per_epoch,
         )
-    return Techniques(tuple(views), recipe.accumulate, distillation, tuple(refinements), averaging)
+    return Techniques(
+        network_seed=network_seed,
+        progressive_size=progressive_size,
+        mixing=mixing,
+        accumulate=recipe.accumulate,
+        distillation=distillation,
+        sam=sam,
+        clip_norm=recipe.clip_norm,
+        averaging=averaging,
+    )
+
+
+@dataclass(frozen=True)
+class StepSeed:
+    """A random stream of a run that is seeded anew for each training step.
+
+    Attributes:
+        stream: the number of the stream, which keeps it apart from the others of the same run.
+    """
+
+    seed: int
+    stream: int
+    rank: int = 0
+
+    def __call__(self, step: int) -> int:
+        """The 64-bit seed of `step`, mixed so that neighbouring steps, ranks and seeds are unrelated."""
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(self.stream, step, self.rank))
+        high, low = sequence.generate_state(2, np.uint32)
+        return int(high) << 32 | int(low)
+
+
+class ProgressiveSize:
+    """Training on smaller images first: `sizes` (pixels a side), each for an equal part of the epochs.
+
+    Images are resized on the device, bilinearly with antialiasing, from the 32x32 that augmentation made.
+    That costs a percent of the step, and a loader that works ahead need not know about it.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], epochs: int, batches_per_epoch: int) -> None:
+        self.sizes, self.epochs, self.batches_per_epoch = sizes, epochs, batches_per_epoch
+
+    def size(self, epoch: int) -> int:
+        """The side in pixels in `epoch`, which counts from 0."""
+        return self.sizes[min(epoch, self.epochs - 1) * len(self.sizes) // self.epochs]
+
+    def __call__(self, images: Tensor, step: int) -> Tensor:
+        """`images` (float [N, 3, H, W]) at the size of the epoch that `step` (from 0) belongs to."""
+        side = self.size(step // self.batches_per_epoch)
+        if images.shape[2:] == (side, side):
+            return images
+        images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+class Mixing:
+    """MixUp (Zhang et al. 2018, arXiv:1710.09412), CutMix (Yun et al. 2019, arXiv:1905.04899), or either.
+
+    Each image is mixed with the one before it in the shuffled batch; one ratio, drawn from Beta(alpha,
+    alpha), holds for the whole batch. The targets become float32 [N, classes] that sum to 1; a batch that is
+    not mixed keeps its labels int64 [N].
+
+    Args:
+        kind: "mixup", "cutmix", or "both": one of the two for each batch, with equal probability.
+        probability: that a batch is mixed.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        step_seed: StepSeed,
+        *,
+        probability: float,
+        mixup_alpha: float,
+        cutmix_alpha: float,
+        classes: int,
+    ) -> None:
+        known = {
+            "mixup": v2.MixUp(alpha=mixup_alpha, num_classes=classes),
+            "cutmix": v2.CutMix(alpha=cutmix_alpha, num_classes=classes),
+        }
+        self.transforms = list(known.values()) if kind == "both" else [known[kind]]
+        self.probability, self.step_seed = probability, step_seed
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Mix `images` (float [N, 3, H, W]) and `labels` (int64 [N]); `step` counts from 0."""
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator
+            torch.default_generator.manual_seed(self.step_seed(step))
+            draw, which = torch.rand(2).tolist()
+            if draw >= self.probability:
+                return images, labels
+            transform = self.transforms[int(which * len(self.transforms))]
+            images, targets = transform(images, labels)
+        return images.contiguous(memory_format=torch.channels_last), targets
+
+
+def soft_hits(predicted: Tensor, targets: Tensor) -> Tensor:
+    """How many of the classes `predicted` (int64 [N]) are correct, a scalar on the device.
+
+    For labels int64 [N] it is a count. For mixed targets float [N, classes] each image counts as the weight
+    of its predicted class, as in MixUp's own code, so even a perfect network scores less than 100 %.
+    """
+    if targets.ndim == 1:
+        return (predicted == targets).sum()
+    return targets.gather(1, predicted[:, None]).sum()
+
+
+class Distillation:
+    """Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531) from a trained network.
+
+    The loss becomes (1 - alpha) x the loss against the labels + alpha x T^2 KL(teacher || student), with both
+    distributions softened by the temperature T; T^2 keeps the gradients' scale independent of T. The teacher
+    sees the very images that the student sees, in evaluation mode.
+
+    Args:
+        teacher: a network on the training device; it is put into evaluation mode and never trained.
+        precision: "fp32", or "bf16" for autocast of the teacher's forward pass.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, *, alpha: float, temperature: float, precision: str = "fp32"
+    ) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.alpha, self.temperature, self.precision = alpha, temperature, precision
+
+    def __call__(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
+        """The loss to train on, a scalar in nats.
+
+        Args:
+            loss: the mean loss against the labels, a scalar.
+            logits: the student's, float32 [N, classes].
+            images: normalised float32 [N, 3, H, W].
+        """
+        with torch.no_grad(), autocast(images.device, self.precision):
+            teacher_logits = self.teacher(images).float()
+        soft_loss = distillation_loss(logits, teacher_logits, self.temperature)
+        return (1 - self.alpha) * loss + self.alpha * soft_loss
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) in nats, averaged over images; both [N, classes]."""
+    student = F.log_softmax(logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+class SharpnessAware:
+    """SAM (Foret et al. 2021, arXiv:2010.01412) and ASAM (Kwon et al. 2021, arXiv:2102.11600).
+
+    The gradients are replaced by those at the weights w + e, a step of length `rho` uphill: e = rho g / |g|,
+    or, for ASAM, e = rho T^2 g / |T g| with T = |w| + 0.01 for weights and 1 for biases, as in the authors'
+    code. The weights are then restored bit for bit, and BatchNorm's running statistics are updated by the
+    first pass only. With several processes g is the mean over all of them, so that e is the same on each;
+    the papers let each process take a step of its own.
+    """
+
+    def __init__(self, model: nn.Module, rho: float, *, adaptive: bool = False) -> None:
+        self.model, self.rho, self.adaptive = model, rho, adaptive
+
+    @torch.no_grad()
+    def __call__(self, closure: Callable[[], object]) -> None:
+        """Replace the gradients; `closure` computes the batch's gradients at the weights as they are."""
+        named = [(name, value) for name, value in self.model.named_parameters() if value.grad is not None]
+        weights = [value for _, value in named]
+        uphill = [value.grad.clone() for value in weights]
+        if self.adaptive:
+            scales = [v.abs() + ASAM_ETA if n.endswith("weight") else torch.ones_like(v) for n, v in named]
+            torch._foreach_mul_(uphill, scales)
+        norm = torch.stack(torch._foreach_norm(uphill)).norm()
+        if self.adaptive:
+            torch._foreach_mul_(uphill, scales)
+        torch._foreach_mul_(uphill, self.rho / (norm + 1e-12))
+        before = [value.clone() for value in weights]
+        torch._foreach_add_(weights, uphill)
+        with torch.enable_grad(), frozen_bn_statistics(self.model):
+            closure()
+        torch._foreach_copy_(weights, before)
+
+
+@contextlib.contextmanager
+def frozen_bn_statistics(model: nn.Module) -> Iterator[None]:
+    """Within it, BatchNorm normalises by the batch, as in training, but leaves its running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for module in norms:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.track_running_stats = True
+
+
+class Averaging:
+    """An average of the weights of `model` over a run, as a network of its own: `network`.
+
+    - With `ema_decay`, the exponential moving average (Tarvainen & Valpola 2017, arXiv:1703.01780), updated
+      after each step: average <- d average + (1 - d) weights, starting from the weights after the first step.
+      d is `ema_decay`, at first less (see `decay_after`). BatchNorm's running statistics are averaged too.
+    - Without, stochastic weight averaging (Izmailov et al. 2018, arXiv:1803.05407): the equal average of the
+      weights at the ends of the epochs from `swa_start` (counted from 1). Averaged running statistics would
+      not be those of the averaged weights, so `refresh` computes them on `bn_batches`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ema_decay: float = 0.0,
+        swa_start: int = 1,
+        batches_per_epoch: int = 1,
+    ) -> None:
+        self.source = model
+        self.ema_decay, self.swa_start, self.batches_per_epoch = ema_decay, swa_start, batches_per_epoch
+        self.bn_batches: Sequence[tuple[Tensor, Tensor]] = ()
+        update = self._update_ema if ema_decay else None
+        self.average = AveragedModel(model, multi_avg_fn=update, use_buffers=bool(ema_decay))
+
+    @property
+    def network(self) -> nn.Module:
+        """The network with averaged weights; the trained one itself as long as nothing is averaged."""
+        return self.average.module if int(self.average.n_averaged) else self.source
+
+    def __call__(self, steps_done: int) -> None:
+        """Update the average; to be called after every optimizer step with the number of steps so far."""
+        epochs_done, batch = divmod(steps_done, self.batches_per_epoch)
+        if self.ema_decay or (batch == 0 and epochs_done >= self.swa_start):
+            self.average.update_parameters(self.source)
+
+    @torch.no_grad()
+    def _update_ema(self, averages: list[Tensor], values: list[Tensor], _count: Tensor) -> None:
+        """AveragedModel's update: average <- d average + (1 - d) value; integers are copied."""
+        if averages[0].is_floating_point():
+            # the module's own counter, not `_count`: it is on the CPU, where reading it waits for no device
+            decay = decay_after(int(self.average.n_averaged), self.ema_decay)
+            torch._foreach_lerp_(averages, values, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, values)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make `network` ready for testing: SWA's BatchNorm statistics, and rank 0's on every rank."""
+        if not self.ema_decay and int(self.average.n_averaged):
+            update_bn(self.bn_batches, self.average.module)
+        # without --sync-bn each rank averages statistics of its own; rank 0's are those in the checkpoints
+        distributed.broadcast_buffers(self.network)
+
+    def state(self) -> dict[str, Any]:
+        """The average and how many weights are in it, for a checkpoint."""
+        return {"model": self.average.module.state_dict(), "count": int(self.average.n_averaged)}
+
+    def restore(self, state: dict[str, Any], source: object) -> None:
+        """Restore what `state` returned; `source` names its file in errors.
+
+        Raises:
+            RunError: the weights do not fit the network.
+            KeyError, TypeError, ValueError: `state` is of another kind.
+        """
+        load_weights(self.average.module, state["model"], source)
+        self.average.n_averaged.fill_(int(state["count"]))
+
+
+def decay_after(count: int, decay: float) -> float:
+    """The EMA's decay once `count` values are in it: (1 + count) / (10 + count), at most `decay`.
+
+    With a constant decay of 0.999 the average would stay near the first weights for hundreds of steps. The
+    formula is that of TensorFlow's ExponentialMovingAverage with `num_updates`.
+    """
+    return min(decay, (1 + count) / (10 + count))
+
+
+def bn_update_batches(split: Split, recipe: Recipe, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The batches for SWA's BatchNorm statistics: unaugmented, the same on every rank; none without SWA."""
+    if recipe.swa_start is None:
+        return []
+    subset = Split(split.images[:BN_UPDATE_IMAGES], split.labels[:BN_UPDATE_IMAGES])
+    return make_test_batches(subset, recipe.batch_size, device)
