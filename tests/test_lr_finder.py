@@ -111,10 +111,10 @@ def small_net() -> nn.Module:
         return nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(8 * 8 * 8, 10))
 
 
-def loader_of(workers: int = 0) -> torch.utils.data.DataLoader:
+def loader_of(workers: int = 0, count: int = 40, **ranks: int) -> torch.utils.data.DataLoader:
     draws = np.random.default_rng(0)
-    split = Split(draws.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8), np.arange(40) % 10)
-    return make_train_loader(split, batch_size=16, seed=3, workers=workers)
+    split = Split(draws.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % 10)
+    return make_train_loader(split, batch_size=16, seed=3, workers=workers, **ranks)
 
 
 def run_finder(model: nn.Module, loader: object, recipe: Recipe | None = None, **options: object) -> object:
@@ -169,6 +169,13 @@ def test_rates_rise_exponentially_from_1e_4_to_1(capsys: pytest.CaptureFixture) 
     whole = run_finder(small_net(), loader_of(), iterations=25, start_lr=1e-5, end_lr=1e-3)
     assert whole.learning_rates == pytest.approx(np.logspace(-5, -3, 25).tolist(), rel=1e-6)
     assert capsys.readouterr() == ("", "")  # no bar without a terminal, none of the library's remarks
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_several_processes_it_finds_what_one_process_finds(workers: int) -> None:
+    loader = loader_of(workers, rank=0, world_size=2)
+    assert run_finder(small_net(), loader) == run_finder(small_net(), loader_of())
+    assert [len(labels) for _, labels in loader] == [8, 8, 4]  # training still gets this rank's part
 
 
 def test_it_runs_at_the_runs_precision() -> None:
