@@ -80,12 +80,12 @@ class TrainBatchSampler(Sampler[BatchRequest]):
 
     @contextlib.contextmanager
     def for_lr_finder(self) -> Iterator[None]:
-        """Within the block, rank 0 gets epoch 0 as one process would: global batches.
+        """Within the block, rank 0 gets epoch 0 as one process would: global batches, all of them full.
 
-        Afterwards epoch 1 begins.
+        A ragged batch counts only where it is the epoch's sole one. Afterwards epoch 1 begins.
         """
         training = self.world_size, self.batches
-        self.world_size, self.batches = 1, -(-self.count // self.batch_size)
+        self.world_size, self.batches = 1, max(1, self.count // self.batch_size)
         self.set_epoch(0)
         try:
             yield
@@ -266,7 +266,7 @@ def find_lr(
 
     It trains a copy of `model`, with an optimizer of its own, on epoch 0 of `loader`, which training (from
     epoch 1) does not use; so the network, the optimizer and every random state are afterwards as before.
-    Its batches are the global ones, for which the rate is: with several processes, call it on rank 0.
+    Its batches are the full global ones, for which the rate is: with several processes, call it on rank 0.
     """
     twin = copy.deepcopy(model)
     wrapped = _Autocast(twin, precision)
