@@ -9,19 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from small_net import CLASSES, small_net
 
-import distributed
 import train
-from beyond_reference import statistics_batches
-from checkpoint import load_checkpoint
-from cli import Interrupts
-from dataset import Split
-from engine import TrainStep, evaluate
-from recipe import Recipe
-from run import Interrupted, Run
-from run_files import RunFiles
-from strategies import build_strategies
+from beyond_reference import bn_update_batches
+from cifar.dataset import Split
+from core import distributed
+from core.cli import Interrupts
+from helpers.small_net import CLASSES, small_net
+from training.checkpoint import load_checkpoint
+from training.engine import TrainStep, evaluate
+from training.recipe import Recipe
+from training.run import Interrupted, Run
+from training.run_files import RunFiles
+from training.techniques import build_techniques
 from utils import make_test_batches, make_train_loader
 
 CASES = {
@@ -63,13 +63,13 @@ def train_on_this_rank(folder: Path, recipe: Recipe, stop: bool = False, resume:
         recipe.build_criterion(),
         optimizer,
         recipe.build_scheduler(optimizer, len(loader)),
-        strategies=build_strategies(recipe, model, classes=CLASSES, batches_per_epoch=len(loader)),
+        techniques=build_techniques(recipe, model, classes=CLASSES, batches_per_epoch=len(loader)),
     )
     folder.mkdir(exist_ok=True)
     run = Run(RunFiles(folder, "run"), recipe, model, step, len(loader), Interrupts(), resume_command="")
     run.write_history = lambda *_, **__: None  # it draws
     if run.averaging:
-        run.averaging.bn_batches = statistics_batches(split, recipe, torch.device("cpu"))
+        run.averaging.bn_batches = bn_update_batches(split, recipe, torch.device("cpu"))
     if resume:
         run.restore(load_checkpoint(run.files.last), run.files.last)
 
@@ -80,7 +80,7 @@ def train_on_this_rank(folder: Path, recipe: Recipe, stop: bool = False, resume:
             raise Interrupted
 
     run.after_train_batch = after_batch
-    batches = make_test_batches(train.own_share(TEST), recipe.test_batch_size, "cpu")
+    batches = make_test_batches(train.rank_shard(TEST), recipe.test_batch_size, "cpu")
     train.train_epochs(run, loader, batches, after_epoch=lambda: None)
     return run
 
@@ -100,7 +100,7 @@ def train_case(rank: int, folder: Path, fields: dict[str, object]) -> None:
     found = [
         {
             "weights": run.model.state_dict(),
-            "kept": run.kept.state_dict(),
+            "kept": run.eval_model.state_dict(),
             "best": run.best["model"],
             "history": run.history,
         }
