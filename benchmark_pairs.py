@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmark_setting import EPOCH_IMAGES, SEED, Setting
 from dataset import Split
-from engine import Sums, TrainStep, evaluate, train_one_epoch
+from engine import RunningTotals, TrainStep, evaluate, train_one_epoch
 from measuring import repeated
 from model import build_model
 from plain_side import drain, same_images
@@ -61,7 +61,7 @@ def project_works(
 
     def epoch() -> int:
         loader = train[setting.workers]
-        metrics = train_one_epoch(step, loader, Sums(device), batches=len(loader))
+        metrics = train_one_epoch(step, loader, RunningTotals(device), batches=len(loader))
         one_test()
         return metrics.images
 

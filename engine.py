@@ -41,26 +41,26 @@ class Metrics:
     images: int
 
 
-class Sums:
+class RunningTotals:
     """Running sums of one pass: loss (float64 where the device has it), hits, images; and bad batches.
 
     `values` is [loss sum, hits, images], on the device; `bad_batch` is the number of the first batch whose
     loss was not finite, or a huge number.
     """
 
-    NONE = 2**31 - 1
+    NO_BAD_BATCH = 2**31 - 1
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.values = torch.zeros(3, dtype=dtype, device=device)
-        self.bad_batch = torch.tensor(self.NONE, device=device)
+        self.bad_batch = torch.tensor(self.NO_BAD_BATCH, device=device)
 
     def add(self, loss_sum: torch.Tensor, hits: torch.Tensor, images: int, batch: int) -> None:
         """Add one batch: its summed loss and its hits (scalars on the device)."""
         self.values[0] += loss_sum
         self.values[1] += hits
         self.values[2] += images
-        number = torch.where(torch.isfinite(loss_sum), self.NONE, batch)
+        number = torch.where(torch.isfinite(loss_sum), self.NO_BAD_BATCH, batch)
         self.bad_batch = torch.minimum(self.bad_batch, number)
 
     def metrics(self) -> Metrics:
@@ -114,7 +114,7 @@ class TrainStep:
         strategies: Strategies | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
-        self.model = distributed.wrap(model, self.device, sync_bn=sync_bn)
+        self.model = distributed.wrap_ddp(model, self.device, sync_bn=sync_bn)
         self.criterion = criterion
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -151,7 +151,7 @@ class TrainStep:
         """Leave the batch's gradients in the weights; return its summed loss and hits."""
         self.optimizer.zero_grad(set_to_none=True)
         images = len(targets)
-        share = self._share(images)
+        share = self._loss_weight(images)
         pieces = self.strategies.accumulate
         if pieces > 1:
             # as many on every rank, each with an image at least: images / share is the ranks' mean
@@ -161,20 +161,20 @@ class TrainStep:
         for number, (part, part_targets) in enumerate(parts, start=1):
             waits = number == pieces or distributed.world_size() == 1
             with contextlib.nullcontext() if waits else self.model.no_sync():
-                loss, logits = self._piece(part, part_targets, share * (len(part) / images))
+                loss, logits = self._micro_batch(part, part_targets, share * (len(part) / images))
             # read before the next pass: CUDA graphs reuse the memory of `logits`
             sums.append((loss * len(part), soft_hits(logits.argmax(1), part_targets)))
         loss_sums, hits = zip(*sums, strict=True)
         return sum(loss_sums[1:], loss_sums[0]), sum(hits[1:], hits[0])
 
-    def _share(self, images: int) -> torch.Tensor | float:
-        """What this process's mean loss counts in the mean over processes: 1, but for uneven last batches."""
+    def _loss_weight(self, images: int) -> torch.Tensor | float:
+        """Weight of this rank's loss in the global mean: 1, but for uneven last batches."""
         if distributed.world_size() == 1:
             return 1.0
         total = distributed.sum_over_ranks(torch.tensor(float(images), device=self.device))
         return images * distributed.world_size() / total
 
-    def _piece(
+    def _micro_batch(
         self, batch: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached.
@@ -231,7 +231,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def train_one_epoch(
     step: TrainStep,
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    sums: Sums,
+    sums: RunningTotals,
     *,
     first_batch: int = 0,
     batches: int,
@@ -266,25 +266,25 @@ def train_one_epoch(
                 check_finite(sums, f"{title} at learning rate {learning_rate:.3g}")  # the sync point
                 _show(bar, sums, number, learning_rate)
             after_batch(number)
-    distributed.share_buffers(step.model)
+    distributed.broadcast_buffers(step.model)
     return sums.metrics_over_ranks()
 
 
-def check_finite(sums: Sums, where: str) -> None:
+def check_finite(sums: RunningTotals, where: str) -> None:
     """Stop on a NaN or infinite loss, before that state can reach a checkpoint.
 
     Raises:
         RunError: naming `where` and the batch, and what to try.
     """
     bad = int(sums.bad_batch.item())
-    if bad != Sums.NONE:
+    if bad != RunningTotals.NO_BAD_BATCH:
         raise RunError(
             f"the loss became NaN or infinite in batch {bad} of {where}: try a lower --lr, or "
             "--precision fp32; the checkpoints on disk are from before"
         )
 
 
-def _show(bar: Any, sums: Sums, number: int, learning_rate: float) -> None:
+def _show(bar: Any, sums: RunningTotals, number: int, learning_rate: float) -> None:
     if bar.disable:
         return
     metrics = sums.metrics()
@@ -322,7 +322,7 @@ def evaluate(
     """
     model.eval()
     device = next(model.parameters()).device
-    sums = Sums(device)
+    sums = RunningTotals(device)
     pieces = [piece for images, labels in batches for piece in _pieces(images, labels, device)]
     with progress_bar(total=len(pieces), desc=title, unit="batch") as bar:
         for number, (images, labels) in enumerate(pieces, start=1):

@@ -13,7 +13,7 @@ from torch import nn
 import checkpoint as ckpt
 import distributed
 from cli import LOG, Interrupts
-from engine import Metrics, Sums, TrainStep
+from engine import Metrics, RunningTotals, TrainStep
 from errors import RunError
 from files import atomic_write_text
 from plots import plot_history
@@ -60,7 +60,7 @@ class Run:
         self.extra = extra or {}
         self.epoch, self.batches_done = 1, 0
         self.learning_rate = recipe.lr
-        self.sums = Sums(step.device)
+        self.sums = RunningTotals(step.device)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"epoch": 0, "accuracy_percent": -math.inf, "model": {}}
         self.elapsed_s = 0.0
@@ -200,7 +200,7 @@ class Run:
     def _check_then_save(self) -> None:
         """Save unless the state is spoilt by a NaN that the loop has not seen yet."""
         finite = all(bool(torch.isfinite(value).all()) for value in self.model.parameters())
-        if finite and int(self.sums.bad_batch.item()) == Sums.NONE:
+        if finite and int(self.sums.bad_batch.item()) == RunningTotals.NO_BAD_BATCH:
             self.save()
 
     def finish_epoch(self, train: Metrics, chosen_on: Metrics, averaged: Metrics | None = None) -> None:
@@ -229,7 +229,7 @@ class Run:
             self.best = {"epoch": self.epoch, "accuracy_percent": accuracy, "model": weights}
         LOG.info(self._epoch_line(row, is_best))
         self.epoch, self.batches_done = self.epoch + 1, 0
-        self.sums = Sums(self.step.device)
+        self.sums = RunningTotals(self.step.device)
         if distributed.is_main():
             self.write_history()
             if is_best:

@@ -226,12 +226,12 @@ def test_other_processes_hold_their_message_back(monkeypatch: pytest.MonkeyPatch
 
 def test_only_the_loss_of_another_process_is_taken_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = RuntimeError("[pair.cc:525] Connection closed by peer [127.0.0.1]:4711")
-    assert not distributed.lost_another(closed)  # one process has no other
+    assert not distributed.is_peer_failure(closed)  # one process has no other
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert distributed.lost_another(closed)
-    assert distributed.lost_another(torch.distributed.DistBackendError("NCCL communicator was aborted"))
-    assert not distributed.lost_another(RuntimeError("shapes do not fit"))
-    assert not distributed.lost_another(ValueError("Connection closed by peer"))
+    assert distributed.is_peer_failure(closed)
+    assert distributed.is_peer_failure(torch.distributed.DistBackendError("NCCL communicator was aborted"))
+    assert not distributed.is_peer_failure(RuntimeError("shapes do not fit"))
+    assert not distributed.is_peer_failure(ValueError("Connection closed by peer"))
 
 
 def test_each_process_draws_its_own_augmentations_on_its_own_part() -> None:
@@ -254,10 +254,10 @@ def test_uneven_parts_count_by_their_images(monkeypatch: pytest.MonkeyPatch) -> 
     recipe = Recipe(model="resnet20")
     optimizer = recipe.build_optimizer(model)
     step = engine.TrainStep(model, recipe.build_criterion(), optimizer, recipe.build_scheduler(optimizer, 1))
-    assert step._share(5) == 1.0
+    assert step._loss_weight(5) == 1.0
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values + 2)  # the other one has 2
-    assert float(step._share(5)) == pytest.approx(10 / 7)
+    assert float(step._loss_weight(5)) == pytest.approx(10 / 7)
 
 
 def test_one_process_gets_its_input_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,9 +266,9 @@ def test_one_process_gets_its_input_back(monkeypatch: pytest.MonkeyPatch) -> Non
     values, model = torch.arange(3.0), build_model("resnet20")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert distributed.sum_over_ranks(values) is values
-    assert distributed.from_main(values) is values
-    assert distributed.wrap(model, torch.device("cpu"), sync_bn=True) is model
-    distributed.share_buffers(model)
+    assert distributed.broadcast_object(values) is values
+    assert distributed.wrap_ddp(model, torch.device("cpu"), sync_bn=True) is model
+    distributed.broadcast_buffers(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert distributed.is_main() and distributed.world_size() == 1
     assert not distributed.any_rank(False, torch.device("cpu"))
