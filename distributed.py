@@ -106,11 +106,11 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on at least one rank: a host-device synchronisation where there are several."""
+def any_rank(device: torch.device, *flags: bool) -> list[bool]:
+    """Whether each of `flags` is set on at least one rank: one all-reduce, which waits for the device."""
     if world_size() == 1:
-        return flag
-    return bool(sum_over_ranks(torch.tensor([int(flag)], device=device)).item())
+        return list(flags)
+    return sum_over_ranks(torch.tensor(flags, dtype=torch.int32, device=device)).bool().tolist()
 
 
 def wrap_ddp(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> nn.Module:

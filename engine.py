@@ -123,19 +123,26 @@ class TrainStep:
         self.compiled = compiled(self.model, self.device) if compile_model else None
         self.compiled_size: int | None = None
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, global_size: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on `images` (uint8 [N, 32, 32, 3]) and `labels` (int64 [N]), both on the device.
+
+        Args:
+            global_size: the images of this batch over all ranks; by default N on each of them.
 
         Returns:
             The summed loss of the batch in nats and the number of hits (`soft_hits` where images are
             mixed), scalars on the device.
         """
+        if global_size is None:
+            global_size = len(labels) * distributed.world_size()
         batch, targets = normalize(images), labels
         for view in self.strategies.views:
             batch, targets = view(batch, targets, self.steps_done)
-        loss_sum, hits = self._gradients(batch, targets)
+        loss_sum, hits = self._gradients(batch, targets, global_size)
         for refine in self.strategies.refinements:
-            refine(lambda: self._gradients(batch, targets))
+            refine(lambda: self._gradients(batch, targets, global_size))
         self.optimizer.step()
         self.scheduler.step()
         if self.strategies.averaging is not None:
@@ -147,35 +154,26 @@ class TrainStep:
         """Optimizer steps since the run's first; the scheduler counts them, and a checkpoint keeps that."""
         return self.scheduler.last_epoch
 
-    def _gradients(self, batch: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gradients(
+        self, batch: torch.Tensor, targets: torch.Tensor, global_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Leave the batch's gradients in the weights; return its summed loss and hits."""
         self.optimizer.zero_grad(set_to_none=True)
-        images = len(targets)
-        share = self._loss_weight(images)
-        pieces = self.strategies.accumulate
-        if pieces > 1:
-            # as many on every rank, each with an image at least: images / share is the ranks' mean
-            pieces = min(pieces, int(images / share + 1e-3))
+        # as many on every rank, each with at least one image
+        count = min(self.strategies.accumulate, global_size // distributed.world_size())
         sums = []
-        parts = zip(batch.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
+        parts = zip(batch.tensor_split(count), targets.tensor_split(count), strict=True)
         for number, (part, part_targets) in enumerate(parts, start=1):
-            waits = number == pieces or distributed.world_size() == 1
-            with contextlib.nullcontext() if waits else self.model.no_sync():
-                loss, logits = self._micro_batch(part, part_targets, share * (len(part) / images))
+            synchronize = number == count or distributed.world_size() == 1
+            with contextlib.nullcontext() if synchronize else self.model.no_sync():
+                loss, logits = self._micro_batch(part, part_targets, _loss_weight(len(part), global_size))
             # read before the next pass: CUDA graphs reuse the memory of `logits`
             sums.append((loss * len(part), soft_hits(logits.argmax(1), part_targets)))
         loss_sums, hits = zip(*sums, strict=True)
         return sum(loss_sums[1:], loss_sums[0]), sum(hits[1:], hits[0])
 
-    def _loss_weight(self, images: int) -> torch.Tensor | float:
-        """Weight of this rank's loss in the global mean: 1, but for uneven last batches."""
-        if distributed.world_size() == 1:
-            return 1.0
-        total = distributed.sum_over_ranks(torch.tensor(float(images), device=self.device))
-        return images * distributed.world_size() / total
-
     def _micro_batch(
-        self, batch: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | float
+        self, batch: torch.Tensor, targets: torch.Tensor, weight: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached.
 
@@ -205,7 +203,7 @@ class TrainStep:
         network: Callable[..., torch.Tensor],
         batch: torch.Tensor,
         targets: torch.Tensor,
-        weight: torch.Tensor | float,
+        weight: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with autocast(self.device, self.precision):
             logits = network(batch).float()
@@ -214,6 +212,16 @@ class TrainStep:
             loss = self.strategies.distillation(loss, logits, batch)
         (loss * weight).backward()
         return loss.detach(), logits.detach()
+
+
+def _loss_weight(images: int, global_size: int) -> float:
+    """Weight of this rank's loss in the global mean: DistributedDataParallel averages over ranks, not images.
+
+    Args:
+        images: those that the loss is the mean of.
+        global_size: the images of the batch over all ranks.
+    """
+    return images * distributed.world_size() / global_size
 
 
 def compiled(model: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
@@ -235,6 +243,7 @@ def train_one_epoch(
     *,
     first_batch: int = 0,
     batches: int,
+    global_size: Callable[[int], int | None] = lambda batch: None,
     title: str = "train",
     after_batch: Callable[[int], None] = lambda batch: None,
 ) -> Metrics:
@@ -244,6 +253,7 @@ def train_one_epoch(
         loader: yields (uint8 [N, 32, 32, 3], int64 [N]) on the host.
         sums: the epoch's running sums; filled already where an interrupted epoch goes on.
         batches: the batches of the whole epoch, for the bar.
+        global_size: the images of a batch (counted from 0) over all ranks; by default as many on each.
         after_batch: called after each batch with the number of batches that are done; what it raises
             ends the epoch (an interrupt).
 
@@ -260,7 +270,7 @@ def train_one_epoch(
             images = images.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
             learning_rate = step.optimizer.param_groups[0]["lr"]
-            loss_sum, hits = step(images, labels)
+            loss_sum, hits = step(images, labels, global_size(number - 1))
             sums.add(loss_sum, hits, len(labels), number)
             if number % sync_every == 0 or number == batches:
                 check_finite(sums, f"{title} at learning rate {learning_rate:.3g}")  # the sync point

@@ -162,7 +162,7 @@ class Run:
         if distributed.world_size() > 1:
             if self.step.device.type != "cpu" and number % AGREE_EVERY:
                 return
-            asked, due = (distributed.any_rank(flag, self.step.device) for flag in (asked, due))
+            asked, due = distributed.any_rank(self.step.device, asked, due)
         if asked:
             self._stop()
         if due:
@@ -185,7 +185,8 @@ class Run:
         Raises:
             Interrupted: after the state is saved.
         """
-        if distributed.any_rank(self.interrupts.signal_number is not None, self.step.device):
+        [asked] = distributed.any_rank(self.step.device, self.interrupts.signal_number is not None)
+        if asked:
             self._stop()
 
     def _stop(self) -> None:

@@ -134,6 +134,7 @@ def train_epochs(
             run.sums,
             first_batch=run.batches_done,
             batches=run.batches_per_epoch,
+            global_size=sampler.global_size,
             title=f"epoch {run.epoch}/{recipe.epochs}",
             after_batch=run.after_train_batch,
         )

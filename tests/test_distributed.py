@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_net import batches_of, make_step, small_net
+from small_net import train as small_net_train
 
 import cli
 import distributed
@@ -21,7 +23,7 @@ import train
 from dataset import Split, load_dataset
 from model import build_model
 from recipe import Recipe
-from utils import make_test_batches, make_train_loader
+from utils import TrainBatchSampler, make_test_batches, make_train_loader
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENCE_S = 240  # for a start on a busy machine; nothing takes a tenth of it on an idle one
@@ -249,15 +251,70 @@ def test_each_process_draws_its_own_augmentations_on_its_own_part() -> None:
     assert sum(differ) > len(differ) / 2
 
 
+def in_two_processes(folder: Path, worker: str) -> list[dict]:
+    """The `result` of the Python code `worker` on each of two ranks; it may use small_net and `rank`."""
+    before = "import torch, distributed\nrank = distributed.rank()\nimport small_net\n"
+    before += "torch.set_num_threads(1)\ndistributed.start(torch.device('cpu'))\n"
+    after = "\ntorch.save(result, f'rank{rank}.pt')\ndistributed.stop()\n"
+    paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": paths}
+    command = [sys.executable, "-c", before + worker + after]
+    processes = [start(command, folder, r, environment(**place, RANK=r, LOCAL_RANK=r)) for r in ("0", "1")]
+    try:
+        codes = [process.wait(timeout=PATIENCE_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "".join((folder / f"err{rank}.txt").read_text()[-2000:] for rank in (0, 1))
+    return [load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+# 23 images in global batches of 8, 8 and 7: the last one gives 3 to the first rank and 4 to the second.
+RAGGED_EPOCH = """
+from pathlib import Path
+from cli import Interrupts
+from recipe import Recipe
+from run import Run
+from run_files import RunFiles
+from utils import TrainBatchSampler
+
+sizes, all_reduce = [], torch.distributed.all_reduce
+torch.distributed.all_reduce = lambda values: (sizes.append(values.numel()), all_reduce(values))
+[(images, labels)] = small_net.batches_of(23)
+result = {}
+for sync_bn in (False, True):
+    sampler = TrainBatchSampler(23, 8, seed=0, rank=rank, world_size=2)
+    batches = [(images[request.indices], labels[request.indices]) for request in sampler]
+    model = small_net.small_net()
+    step = small_net.make_step(model, sync_bn=sync_bn)
+    run = Run(RunFiles(Path(), "run"), Recipe(), model, step, 3, Interrupts(), resume_command="")
+    sizes.clear()
+    small_net.train(step, batches, global_size=sampler.global_size, after_batch=run.after_train_batch)
+    result[sync_bn] = {"sizes": list(sizes), "gradients": [p.grad for p in model.parameters()]}
+"""
+
+
+def test_a_step_adds_no_all_reduce_and_a_ragged_batch_gives_the_gradients_of_one_process(
+    tmp_path: Path,
+) -> None:
+    ranks = in_two_processes(tmp_path, RAGGED_EPOCH)
+    # one for each batch, on interrupt and checkpoint together; one for the epoch's metrics
+    assert [rank[False]["sizes"] for rank in ranks] == [[2, 2, 2, 3]] * 2
+
+    [(images, labels)] = batches_of(23)
+    model = small_net()
+    requests = TrainBatchSampler(23, 8, seed=0, rank=0, world_size=1)
+    small_net_train(make_step(model), [(images[r.indices], labels[r.indices]) for r in requests])
+    for weight, *found in zip(model.parameters(), *(rank[True]["gradients"] for rank in ranks), strict=True):
+        for gradient in found:
+            torch.testing.assert_close(gradient, weight.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_uneven_parts_count_by_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_model("resnet20")
-    recipe = Recipe(model="resnet20")
-    optimizer = recipe.build_optimizer(model)
-    step = engine.TrainStep(model, recipe.build_criterion(), optimizer, recipe.build_scheduler(optimizer, 1))
-    assert step._loss_weight(5) == 1.0
+    assert engine._loss_weight(5, 5) == 1.0
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values + 2)  # the other one has 2
-    assert float(step._loss_weight(5)) == pytest.approx(10 / 7)
+    assert engine._loss_weight(5, 7) == pytest.approx(10 / 7)
 
 
 def test_one_process_gets_its_input_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,4 +328,4 @@ def test_one_process_gets_its_input_back(monkeypatch: pytest.MonkeyPatch) -> Non
     distributed.broadcast_buffers(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert distributed.is_main() and distributed.world_size() == 1
-    assert not distributed.any_rank(False, torch.device("cpu"))
+    assert distributed.any_rank(torch.device("cpu"), False, True) == [False, True]
