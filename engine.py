@@ -95,8 +95,8 @@ class TrainStep:
         criterion: (logits [N, classes], labels int64 [N]) -> mean loss, a scalar in nats.
         optimizer, scheduler: the scheduler is stepped once a batch.
         precision: "fp32", or "bf16" for autocast of the forward pass.
-        compile_model: run full batches through torch.compile; a batch of another size than the first
-            runs eagerly, since compiling for one short batch an epoch costs more than it saves.
+        compile_batch_size: run batches of this many images over all ranks through torch.compile; others
+            run eagerly, since compiling for one short batch an epoch costs more than it saves.
         sync_bn: with several processes, BatchNorm over the global batch.
         strategies: what the recipe adds; nothing by default.
     """
@@ -109,7 +109,7 @@ class TrainStep:
         scheduler: LRScheduler,
         *,
         precision: str = "fp32",
-        compile_model: bool = False,
+        compile_batch_size: int | None = None,
         sync_bn: bool = False,
         strategies: Strategies | None = None,
     ) -> None:
@@ -120,8 +120,8 @@ class TrainStep:
         self.scheduler = scheduler
         self.precision = precision
         self.strategies = strategies or Strategies()
-        self.compiled = compiled(self.model, self.device) if compile_model else None
-        self.compiled_size: int | None = None
+        self.compile_batch_size = compile_batch_size
+        self.compiled: Callable[..., torch.Tensor] | None = None
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, global_size: int | None = None
@@ -161,41 +161,46 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         # as many on every rank, each with at least one image
         count = min(self.strategies.accumulate, global_size // distributed.world_size())
+        parts = list(zip(batch.tensor_split(count), targets.tensor_split(count), strict=True))
+        # decided by the batch alone: alike on every rank, and in a run that is resumed at any batch
+        is_full = global_size == self.compile_batch_size
         sums = []
-        parts = zip(batch.tensor_split(count), targets.tensor_split(count), strict=True)
         for number, (part, part_targets) in enumerate(parts, start=1):
+            compiles = is_full and len(part) == len(parts[0][0])
             synchronize = number == count or distributed.world_size() == 1
             with contextlib.nullcontext() if synchronize else self.model.no_sync():
-                loss, logits = self._micro_batch(part, part_targets, _loss_weight(len(part), global_size))
+                weight = _loss_weight(len(part), global_size)
+                loss, logits = self._micro_batch(part, part_targets, weight, compiles)
             # read before the next pass: CUDA graphs reuse the memory of `logits`
             sums.append((loss * len(part), soft_hits(logits.argmax(1), part_targets)))
         loss_sums, hits = zip(*sums, strict=True)
         return sum(loss_sums[1:], loss_sums[0]), sum(hits[1:], hits[0])
 
     def _micro_batch(
-        self, batch: torch.Tensor, targets: torch.Tensor, weight: float
+        self, batch: torch.Tensor, targets: torch.Tensor, weight: float, compiles: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached.
 
         The first compiled pass may fail, in backward too, which torch compiles only when it gets there; the
         batch is then done again eagerly, from the BatchNorm statistics before it.
         """
-        if self.compiled is None or self.compiled_size not in (None, len(batch)):
+        if not compiles or self.compile_batch_size is None:
             return self._pass(self.model, batch, targets, weight)
-        if self.compiled_size is not None:
+        if self.compiled is not None:
             return self._pass(self.compiled, batch, targets, weight)
+        network = compiled(self.model, self.device)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         try:
-            result = self._pass(self.compiled, batch, targets, weight)
+            result = self._pass(network, batch, targets, weight)
         except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
             LOG.warning(f"torch.compile failed, training eagerly: {reason}")
-            self.compiled = None
+            self.compile_batch_size = None
             self.optimizer.zero_grad(set_to_none=True)
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
             return self._pass(self.model, batch, targets, weight)
-        self.compiled_size = len(batch)
+        self.compiled = network
         return result
 
     def _pass(

@@ -16,6 +16,7 @@ from torch import nn
 
 import engine
 from cli import LOG
+from strategies import Strategies
 
 
 @pytest.fixture
@@ -48,10 +49,10 @@ def test_compiled_and_eager_training_agree_and_a_short_batch_compiles_nothing(
     torch._dynamo.utils.counters.clear()
     batches = batches_of(*[16] * 19, 5)
     losses = []
-    for compile_model in (False, True):
-        step = make_step(small_net(), compile_model=compile_model)
+    for compile_batch_size in (None, 16):
+        step = make_step(small_net(), compile_batch_size=compile_batch_size)
         losses.append([step(images, labels)[0].item() / len(labels) for images, labels in batches])
-    assert warnings_logged == [] and step.compiled is not None and step.compiled_size == 16
+    assert warnings_logged == [] and step.compiled is not None
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
@@ -88,7 +89,7 @@ def test_failed_compilation_is_one_warning_and_the_same_training(
     batches = batches_of(8, 8, 8)
     eager, fallen_back = small_net(), small_net()
     metrics = train(make_step(eager), batches)
-    assert train(make_step(fallen_back, compile_model=True), batches) == metrics
+    assert train(make_step(fallen_back, compile_batch_size=8), batches) == metrics
     assert len(warnings_logged) == 1
     assert "training eagerly: no compiler" in warnings_logged[0] and "\n" not in warnings_logged[0]
     for name, value in eager.state_dict().items():
@@ -96,14 +97,41 @@ def test_failed_compilation_is_one_warning_and_the_same_training(
 
 
 def test_only_full_batches_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes first: a run may be resumed at the ragged last batch."""
     sizes: list[int] = []
 
     def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda images: (sizes.append(len(images)), model(images))[1]
 
     monkeypatch.setattr(engine, "compiled", compiled)
-    train(make_step(small_net(), compile_model=True), batches_of(8, 8, 3, 8))
-    assert sizes == [8, 8, 8]
+    train(make_step(small_net(), compile_batch_size=8), batches_of(3, 8, 8, 3, 8))
+    assert sizes and set(sizes) == {8}
+    sizes.clear()
+    # in micro-batches of 3, 3 and 2; a ragged batch of 7 has one of 3 too
+    strategies = Strategies(accumulate=3)
+    train(make_step(small_net(), compile_batch_size=8, strategies=strategies), batches_of(7, 8, 7))
+    assert sizes and set(sizes) == {3}
+    repeated = len(sizes)
+    train(make_step(small_net(), compile_batch_size=8, strategies=strategies), batches_of(7, 8, 7, 7))
+    assert len(sizes) == 2 * repeated
+
+
+def test_resumed_at_the_ragged_batch_it_ends_in_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: model(images) * 1.01  # so that compiled and eager batches differ
+
+    monkeypatch.setattr(engine, "compiled", compiled)
+    batches = batches_of(8, 3, 8, 8)
+    unbroken, begun, resumed = small_net(), small_net(), small_net()
+    train(make_step(unbroken, compile_batch_size=8), batches)
+    step, again = (make_step(model, compile_batch_size=8) for model in (begun, resumed))
+    train(step, batches[:1])
+    resumed.load_state_dict(begun.state_dict())
+    again.optimizer.load_state_dict(step.optimizer.state_dict())
+    again.scheduler.load_state_dict(step.scheduler.state_dict())
+    train(again, batches[1:])
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
 
 
 def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +148,13 @@ def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: py
 
     monkeypatch.setattr(engine, "compiled", compiled)
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(make_step(small_net(), compile_model=True), batches_of(8, 8))
+        train(make_step(small_net(), compile_batch_size=8), batches_of(8, 8))
 
 
 BROKEN_COMPILER = """
 import torch
 from small_net import batches_of, make_step, small_net, train
-print(train(make_step(small_net(), compile_model=True), batches_of(8, 8)).images)
+print(train(make_step(small_net(), compile_batch_size=8), batches_of(8, 8)).images)
 """
 
 
