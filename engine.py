@@ -6,7 +6,7 @@ because each read waits for the device. Means are over images, not over batches.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,24 @@ def _means(values: torch.Tensor) -> Metrics:
     return Metrics(loss / images, 100 * hits / images, int(images))
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host ran out of memory, while compiling too, where torch wraps the error."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(sign in str(error) for sign in ("out of memory", "can't allocate memory"))
+
+
+@contextlib.contextmanager
+def _out_of_memory_in_one_line() -> Iterator[None]:
+    """A RunError, which says what to do, in place of torch's errors on too little memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise RunError("out of memory: pass a smaller --batch-size, or --accumulate 2") from None
+
+
 class TrainStep:
     """One optimizer step on a batch: forward, loss, backward, SGD, schedule.
 
@@ -114,7 +132,9 @@ class TrainStep:
         strategies: Strategies | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
+        self.network = model
         self.model = distributed.wrap_ddp(model, self.device, sync_bn=sync_bn)
+        self.sync_bn = sync_bn and distributed.world_size() > 1
         self.criterion = criterion
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -123,6 +143,7 @@ class TrainStep:
         self.compile_batch_size = compile_batch_size
         self.compiled: Callable[..., torch.Tensor] | None = None
 
+    @_out_of_memory_in_one_line()
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, global_size: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +155,9 @@ class TrainStep:
         Returns:
             The summed loss of the batch in nats and the number of hits (`soft_hits` where images are
             mixed), scalars on the device.
+
+        Raises:
+            RunError: out of memory.
         """
         if global_size is None:
             global_size = len(labels) * distributed.world_size()
@@ -162,54 +186,60 @@ class TrainStep:
         # as many on every rank, each with at least one image
         count = min(self.strategies.accumulate, global_size // distributed.world_size())
         parts = list(zip(batch.tensor_split(count), targets.tensor_split(count), strict=True))
-        # decided by the batch alone: alike on every rank, and in a run that is resumed at any batch
-        is_full = global_size == self.compile_batch_size
+        # compiled or eager is decided by the batch alone: alike on every rank, and in a resumed run
+        if global_size == self.compile_batch_size and self.compiled is None:
+            self._compile(*parts[0])
+        is_full = global_size == self.compile_batch_size  # no longer where compilation failed
         sums = []
         for number, (part, part_targets) in enumerate(parts, start=1):
-            compiles = is_full and len(part) == len(parts[0][0])
+            network = self.compiled if is_full and len(part) == len(parts[0][0]) else self.model
             synchronize = number == count or distributed.world_size() == 1
             with contextlib.nullcontext() if synchronize else self.model.no_sync():
                 weight = _loss_weight(len(part), global_size)
-                loss, logits = self._micro_batch(part, part_targets, weight, compiles)
+                loss, logits = self._micro_batch(network, part, part_targets, weight)
             # read before the next pass: CUDA graphs reuse the memory of `logits`
             sums.append((loss * len(part), soft_hits(logits.argmax(1), part_targets)))
         loss_sums, hits = zip(*sums, strict=True)
         return sum(loss_sums[1:], loss_sums[0]), sum(hits[1:], hits[0])
 
-    def _micro_batch(
-        self, batch: torch.Tensor, targets: torch.Tensor, weight: float, compiles: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached.
+    def _compile(self, batch: torch.Tensor, targets: torch.Tensor) -> None:
+        """Compile the network if a trial on a micro-batch works on every rank; else train eagerly.
 
-        The first compiled pass may fail, in backward too, which torch compiles only when it gets there; the
-        batch is then done again eagerly, from the BatchNorm statistics before it.
+        The trial runs backward too, which torch compiles only when it gets there. A rank that fails takes
+        part in no collective, so the trial has none: it goes past DistributedDataParallel, and with sync_bn
+        is in evaluation mode. Gradients are then cleared; buffers and random state are as before.
         """
-        if not compiles or self.compile_batch_size is None:
-            return self._pass(self.model, batch, targets, weight)
-        if self.compiled is not None:
-            return self._pass(self.compiled, batch, targets, weight)
-        network = compiled(self.model, self.device)
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        try:
-            result = self._pass(network, batch, targets, weight)
-        except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            LOG.warning(f"torch.compile failed, training eagerly: {reason}")
+        reason = ""
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
+        training = self.network.training
+        self.network.train(training and not self.sync_bn)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            try:
+                network = compiled(self.network, self.device)
+                self._micro_batch(network, batch, targets, 1.0)
+            except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
+                if _is_out_of_memory(error):
+                    raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        self.network.train(training)
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        [failed] = distributed.any_rank(self.device, bool(reason))
+        if failed:
+            LOG.warning(f"torch.compile failed, training eagerly: {reason or 'on another process'}")
             self.compile_batch_size = None
-            self.optimizer.zero_grad(set_to_none=True)
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-            return self._pass(self.model, batch, targets, weight)
-        self.compiled = network
-        return result
+        else:
+            self.compiled = network if self.model is self.network else compiled(self.model, self.device)
 
-    def _pass(
+    def _micro_batch(
         self,
         network: Callable[..., torch.Tensor],
         batch: torch.Tensor,
         targets: torch.Tensor,
         weight: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached."""
         with autocast(self.device, self.precision):
             logits = network(batch).float()
         loss = self.criterion(logits, targets)

@@ -16,6 +16,7 @@ from torch import nn
 
 import engine
 from cli import LOG
+from errors import RunError
 from strategies import Strategies
 
 
@@ -141,14 +142,55 @@ def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: py
         def run(images: torch.Tensor) -> torch.Tensor:
             calls.append(1)
             if len(calls) > 1:
-                raise RuntimeError("out of memory")
+                raise RuntimeError("an illegal memory access")
             return model(images)
 
         return run
 
     monkeypatch.setattr(engine, "compiled", compiled)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="illegal memory access"):
         train(make_step(small_net(), compile_batch_size=8), batches_of(8, 8))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nsecond line"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory."),
+    ],
+)
+@pytest.mark.parametrize("compile_batch_size", [None, 8])
+def test_out_of_memory_is_one_line_and_no_failed_compilation(
+    monkeypatch: pytest.MonkeyPatch,
+    warnings_logged: list[str],
+    error: Exception,
+    compile_batch_size: int | None,
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise error
+
+    model = small_net()
+    monkeypatch.setattr(engine, "compiled", lambda model, device: fail)
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(RunError) as caught:
+        train(make_step(model, compile_batch_size=compile_batch_size), batches_of(8))
+    assert str(caught.value) == "out of memory: pass a smaller --batch-size, or --accumulate 2"
+    assert warnings_logged == []
+
+
+def test_the_trial_of_a_compilation_leaves_the_random_draws_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "compiled", lambda model, device: model)
+    weights = []
+    for compile_batch_size in (None, 8):
+        model = small_net().insert(2, nn.Dropout())
+        torch.manual_seed(0)
+        train(make_step(model, compile_batch_size=compile_batch_size), batches_of(8, 8))
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(weights[1][name], value), name
 
 
 BROKEN_COMPILER = """

@@ -317,6 +317,44 @@ def test_uneven_parts_count_by_their_images(monkeypatch: pytest.MonkeyPatch) -> 
     assert engine._loss_weight(5, 7) == pytest.approx(10 / 7)
 
 
+# Compilation fails on the rank `broken`, forward with sync_bn, else backward. A rank has 3, 4 and 4 images.
+COMPILATION = """
+import engine
+broken, result = BROKEN, {}
+for sync_bn in (False, True):
+    def compiled(model, device):
+        def run(images):
+            if rank == broken and sync_bn:
+                raise RuntimeError("no compiler")
+            logits = model(images)
+            if rank == broken:
+                logits.register_hook(lambda gradient: 1 / 0)
+            ran.append(type(model).__name__)
+            return logits
+        return run
+    ran, engine.compiled = [], compiled
+    for compile_batch_size in (None, 8):
+        model = small_net.small_net()
+        batches = [(images[rank::2], labels[rank::2]) for images, labels in small_net.batches_of(6, 8, 8)]
+        step = small_net.make_step(model, sync_bn=sync_bn, compile_batch_size=compile_batch_size)
+        small_net.train(step, batches)
+        result[sync_bn, compile_batch_size] = model.state_dict()
+    result[sync_bn, "ran"] = ran
+"""
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1])
+def test_a_compilation_that_fails_on_one_rank_is_given_up_on_both(tmp_path: Path, broken: int | None) -> None:
+    ranks = in_two_processes(tmp_path, COMPILATION.replace("BROKEN", str(broken)))
+    for result in ranks:
+        for sync_bn in (False, True):
+            for name, value in result[sync_bn, None].items():
+                assert torch.equal(result[sync_bn, 8][name], value), name
+                assert torch.equal(ranks[0][sync_bn, 8][name], value), name
+            used = result[sync_bn, "ran"].count("DistributedDataParallel")
+            assert used == (2 if broken is None else 0)
+
+
 def test_one_process_gets_its_input_back(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
