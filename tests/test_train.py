@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from conftest import REPOSITORY
-from stand_ins import (
+from helpers.stand_ins import (
     EPOCH_LINE,
     EPOCHS,
     FINDER,
@@ -27,10 +28,9 @@ from stand_ins import (
     stand_in_images,
     stand_in_network,
 )
-
-from engine import evaluate
 from model import BasicBlock, count_parameters
 from train import main
+from training.engine import evaluate
 from utils import make_test_batches
 
 # ---- one whole run, looked at from all sides ----
