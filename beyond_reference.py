@@ -25,7 +25,7 @@ def test_average(run: Run, chosen_on: list[tuple]) -> Metrics | None:
         return None
     run.averaging.refresh()
     # Each rank has averaged BatchNorm statistics of its own; rank 0's are the ones in the checkpoints.
-    distributed.share_buffers(run.averaging.network)
+    distributed.broadcast_buffers(run.averaging.network)
     return evaluate(
         run.averaging.network,
         chosen_on,

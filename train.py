@@ -101,7 +101,7 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
             recipe = answer_questions(args, recipe, model, loader, files)
             if distributed.is_main():
                 files.remove_run()  # not before: the questions may be left by Ctrl-C
-        run = start_run(args, recipe, data, model, teacher, len(loader), files, interrupts, state, source)
+        run = start_run(args, recipe, data, model, teacher, loader, files, interrupts, state, source)
         if run.averaging is not None:
             run.averaging.bn_batches = bn_update_batches(train_split, recipe, device)
         test_batches = make_test_batches(rank_shard(test_split), recipe.test_batch_size, device)
@@ -134,6 +134,7 @@ def train_epochs(
             run.sums,
             first_batch=run.batches_done,
             batches=run.batches_per_epoch,
+            global_size=sampler.global_size,
             title=f"epoch {run.epoch}/{recipe.epochs}",
             after_batch=run.after_train_batch,
         )
@@ -272,7 +273,7 @@ def start_run(
     data: ImageData,
     model: nn.Module,
     teacher: nn.Module | None,
-    batches_per_epoch: int,
+    loader: DataLoader,
     files: RunFiles,
     interrupts: Interrupts,
     state: dict[str, Any] | None,
@@ -281,6 +282,7 @@ def start_run(
     """The run at its first batch, or at the batch after the last one of the resumed state."""
     optimizer = recipe.build_optimizer(model)
     device = next(model.parameters()).device
+    batches_per_epoch, batch_size = len(loader), loader.batch_sampler.global_size(0)
     images = batches_per_epoch * recipe.batch_size * recipe.epochs
     changed = state is not None and recipe.precision != state["recipe"]["precision"]
     stored = state.get("compile") if state and not changed else None
@@ -292,7 +294,7 @@ def start_run(
         optimizer,
         recipe.build_scheduler(optimizer, batches_per_epoch),
         precision=recipe.precision,
-        compile_model=use_compile,
+        compile_batch_size=batch_size if use_compile else None,
         sync_bn=args.sync_bn,
         techniques=build_techniques(
             recipe,

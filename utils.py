@@ -96,6 +96,10 @@ class TrainBatchSampler(Sampler[BatchRequest]):
     def __len__(self) -> int:
         return self.batches - self.start_batch
 
+    def global_size(self, batch: int) -> int:
+        """The images of a batch (counted from 0) over all ranks: fewer than `batch_size` in a ragged one."""
+        return min(self.batch_size, self.count - batch * self.batch_size)
+
     def __iter__(self) -> Iterator[BatchRequest]:
         sequence = np.random.SeedSequence(self.seed, spawn_key=(SHUFFLE, self.epoch))
         order = np.random.default_rng(sequence).permutation(self.count)

@@ -38,9 +38,9 @@ def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> 
         UsageError: MAX_ATTEMPTS answers were wrong.
     """
     if not distributed.is_main():
-        return distributed.from_main(None)
+        return distributed.broadcast_object(None)
     answer = _ask_here(question, default, parse, shown)
-    return distributed.from_main(answer)
+    return distributed.broadcast_object(answer)
 
 
 def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) -> T:
@@ -203,7 +203,7 @@ def run_main(main: Callable[[], int], program: str) -> int:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
-        if not distributed.lost_another(error):
+        if not distributed.is_peer_failure(error):
             raise
         print(f"{program}: error: another process of this run ended; see its message", file=sys.stderr)
         return 1

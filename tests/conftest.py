@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WITHOUT_TORCH = """
 import sys, types
 sys.modules["core.distributed"] = types.SimpleNamespace(
-    is_main=lambda: True, from_main=lambda value: value, stop=lambda: None
+    is_main=lambda: True, broadcast_object=lambda value: value, stop=lambda: None
 )
 """
 
