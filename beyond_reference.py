@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import distributed
 from dataset import ImageData, Split
 from engine import Metrics, evaluate
 from errors import RunError, UsageError
@@ -23,6 +24,8 @@ def test_average(run: Run, chosen_on: list[tuple]) -> Metrics | None:
     if run.averaging is None:
         return None
     run.averaging.refresh()
+    # Each rank has averaged BatchNorm statistics of its own; rank 0's are the ones in the checkpoints.
+    distributed.share_buffers(run.averaging.network)
     return evaluate(
         run.averaging.network,
         chosen_on,

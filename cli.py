@@ -6,10 +6,12 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,6 +105,11 @@ def printable(text: str, length: int = 40) -> str:
     """`text` without control characters and not longer than `length`, to be shown in a message."""
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= length else clean[:length] + "..."
+
+
+def shell_command(words: Sequence[str]) -> str:
+    """`words` as one line to paste into a shell: a POSIX one, or on Windows cmd.exe."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def is_interactive() -> bool:

@@ -10,7 +10,6 @@ Plots, history and checkpoints are in output/; `python train.py --help` lists ev
 
 import argparse
 import contextlib
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +25,7 @@ import checkpoint as ckpt
 import distributed
 from analysis import analyse
 from beyond_reference import load_teacher, statistics_batches, test_average
-from cli import LOG, Interrupts, run_main, start_log
+from cli import LOG, Interrupts, run_main, shell_command, start_log
 from dataset import ImageData, Split, balanced_subset, train_val_split
 from device import choose_compile, choose_device, native_bf16, set_up_torch
 from dialogue import answer_questions, choose_files, load_data, resume_command
@@ -261,7 +260,7 @@ def say_what_is_trained(
         f"{recipe.batch_size}, weight decay {recipe.weight_decay:g}, {recipe.scheduler}, "
         f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.improvements_note}"
     )
-    LOG.info(f"Command: {shlex.join(['python', *sys.argv])}")
+    LOG.info(f"Command: {shell_command(['python', *sys.argv])}")
     versions = {"code": ckpt.commit(), **ckpt.versions()}
     LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
 
