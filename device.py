@@ -31,6 +31,21 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name, distributed.local_rank()) if name == "cuda" else torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """The device's name for a log or a report: the GPU's own on CUDA, else "cpu" or "mps"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def precision_name(precision: str, device: torch.device) -> str:
+    """`precision` for a log or a report: "fp32 (TF32)" where CUDA multiplies fp32 in TF32.
+
+    After `set_up_torch`, that is on every GPU which has TF32 (compute capability 8.0 and later).
+    """
+    tf32 = precision == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    has_tf32 = tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "fp32 (TF32)" if has_tf32 else precision
+
+
 def native_bf16(device: torch.device) -> bool:
     """Whether the processor multiplies bfloat16 itself, so that bf16 is faster than fp32 there."""
     if device.type == "cuda":

@@ -27,7 +27,7 @@ from analysis import analyse
 from beyond_reference import load_teacher, statistics_batches, test_average
 from cli import LOG, Interrupts, run_main, shell_command, start_log
 from dataset import ImageData, Split, balanced_subset, train_val_split
-from device import choose_compile, choose_device, native_bf16, set_up_torch
+from device import choose_compile, choose_device, device_name, native_bf16, precision_name, set_up_torch
 from dialogue import answer_questions, choose_files, load_data, resume_command
 from engine import TrainStep, evaluate, train_one_epoch
 from errors import RunError, UsageError
@@ -252,10 +252,9 @@ def say_what_is_trained(
     recipe: Recipe, model: nn.Module, device: torch.device, train_split: Split, test_split: Split
 ) -> None:
     """Log the first line of a run and, to trace it by, its command and versions."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     LOG.info(
-        f"Device: {kind}, {recipe.precision} | Network: {recipe.model}, "
-        f"{count_parameters(model):,} parameters | Data: {recipe.data_note}, "
+        f"Device: {device_name(device)}, {precision_name(recipe.precision, device)} | "
+        f"Network: {recipe.model}, {count_parameters(model):,} parameters | Data: {recipe.data_note}, "
         f"{len(train_split):,} train / {len(test_split):,} test | Recipe: SGD, batch "
         f"{recipe.batch_size}, weight decay {recipe.weight_decay:g}, {recipe.scheduler}, "
         f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.improvements_note}"

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    import torch
     from driver import Driver
     from small_run import Evaluated
 
@@ -210,6 +211,16 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Evaluated"]
     folder, data_dir = tmp_path_factory.mktemp("output"), tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         yield evaluate_small_run(patch, folder, data_dir)
+
+
+@pytest.fixture
+def tf32_gpu(monkeypatch: pytest.MonkeyPatch) -> "torch.device":
+    """A GPU with TF32, as far as its name and capability go."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture

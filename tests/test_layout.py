@@ -16,8 +16,18 @@ RANKS = (
     {"archive", "cores", "distributed", "fast_transforms", "files", "model", "synthetic"}
     | {"distill", "mixing", "recipe_checks", "sam", "schedules"}
     | {"html_page", "image_files", "tensorboard_log", "lr_suggestion", "metrics"},
-    {"augment", "measuring", "checkpoint", "cli", "device", "download", "figures", "recipe", "recipes"},
-    {"analysis", "dataset", "run_files", "averaging", "flags_training", "plots", "report_plots", "eda_plots"},
+    {"augment", "checkpoint", "cli", "device", "download", "figures", "recipe", "recipes"},
+    {
+        "measuring",
+        "analysis",
+        "dataset",
+        "run_files",
+        "averaging",
+        "flags_training",
+        "plots",
+        "report_plots",
+        "eda_plots",
+    },
     {"eda", "exporting", "flags", "plain_recipe", "strategies", "report", "trained", "utils"},
     {"engine", "benchmark_setting"},
     {"plain_side", "inference", "recorded", "run"},

@@ -28,8 +28,10 @@ from stand_ins import (
     stand_in_network,
 )
 
+import train
 from engine import evaluate
 from model import BasicBlock, count_parameters
+from recipe import Recipe
 from train import main
 from utils import make_test_batches
 
@@ -80,6 +82,13 @@ def test_the_first_line_says_what_is_trained(finished: Finished) -> None:
         assert words in first
     for words in ("Command: python ", "Versions: code ", f"torch {version('torch')}"):
         assert words in finished.out
+
+
+def test_the_first_line_names_tf32(tf32_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(train.LOG, "info", lines.append)
+    train.say_what_is_trained(Recipe(), stand_in_network(BasicBlock), tf32_gpu, range(300), range(200))
+    assert lines[0].startswith("Device: Some GPU, fp32 (TF32) | Network: ")
 
 
 def test_a_line_an_epoch_in_the_references_form_with_marks(finished: Finished) -> None:
