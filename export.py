@@ -12,7 +12,6 @@ an output differs by more than 1e-4 it is not written. With --int8 the change in
 
 import argparse
 import itertools
-import os
 import re
 import statistics
 import sys
@@ -41,7 +40,7 @@ from exporting import (
     to_torchscript,
 )
 from files import atomic_write
-from flags import Parser, add_weights
+from flags import Parser, add_data_dir, add_weights
 from trained import Trained, find_weights, load_trained
 from utils import normalize
 
@@ -100,13 +99,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="test images to compare on (default: 1000)",
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("CIFAR_DATA") or "data"),
-        metavar="DIR",
-        help="folder that holds cifar-100-python/; nothing is fetched (default: $CIFAR_DATA, else data)",
-    )
+    add_data_dir(parser, "folder that holds cifar-100-python/; nothing is fetched")
     return parser
 
 

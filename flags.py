@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from augment import AUGMENTATIONS, train_transform
 from cli import number, printable, whole_number
+from dataset import DATASETS
 from errors import UsageError
 from flags_training import add_improvement_flags
 from model import MODELS
@@ -83,15 +84,20 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_data_folder(group: argparse._ActionsContainer) -> None:
-    """Add --data-dir and --data-url, as every script has them that reads the data set."""
+def add_data_dir(group: argparse._ActionsContainer, folder_help: str) -> None:
+    """Add --data-dir, as every script has it that reads the data set."""
     group.add_argument(
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("CIFAR_DATA") or "data"),
         metavar="DIR",
-        help="folder that holds, or gets, cifar-100-python/ (default: $CIFAR_DATA, else data)",
+        help=f"{folder_help} (default: $CIFAR_DATA, else data)",
     )
+
+
+def add_data_folder(group: argparse._ActionsContainer) -> None:
+    """Add --data-dir and --data-url, as the scripts have them that may download the data set."""
+    add_data_dir(group, "folder that holds, or gets, cifar-100-python/")
     group.add_argument(
         "--data-url",
         default=os.environ.get("CIFAR100_URL") or None,
@@ -127,7 +133,7 @@ def _add_data_flags(parser: Parser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
-        choices=("cifar100", "synthetic"),
+        choices=DATASETS,
         help="cifar100, or the built-in drawn images for machines without it (default: cifar100)",
     )
     add_data_folder(data)

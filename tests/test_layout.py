@@ -16,10 +16,9 @@ RANKS = (
     {"archive", "cores", "distributed", "fast_transforms", "files", "model", "synthetic"}
     | {"distill", "mixing", "recipe_checks", "sam", "schedules"}
     | {"html_page", "image_files", "tensorboard_log", "lr_suggestion", "metrics"},
-    {"augment", "checkpoint", "cli", "device", "download", "figures", "recipe", "recipes"},
+    {"augment", "checkpoint", "cli", "device", "download", "figures", "recipes"},
     {
         "measuring",
-        "analysis",
         "dataset",
         "run_files",
         "averaging",
@@ -28,7 +27,8 @@ RANKS = (
         "report_plots",
         "eda_plots",
     },
-    {"eda", "exporting", "flags", "plain_recipe", "strategies", "report", "trained", "utils"},
+    {"recipe"},
+    {"analysis", "eda", "exporting", "flags", "plain_recipe", "strategies", "report", "trained", "utils"},
     {"engine", "benchmark_setting"},
     {"plain_side", "inference", "recorded", "run"},
     {"beyond_reference", "dialogue", "benchmark_pairs"},
