@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from archive import md5_of, printable
-from errors import RunError
+from archive import md5_of
+from errors import RunError, printable
 from files import atomic_write
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from augment import AUGMENTATIONS, train_transform
-from cli import number, printable, whole_number
+from cli import number, whole_number
 from dataset import DATASETS
-from errors import UsageError
+from errors import UsageError, printable
 from flags_training import add_improvement_flags
 from model import MODELS
 from recipe import MAX_EPOCHS, PRECISIONS, SCHEDULERS, Recipe
@@ -35,7 +35,7 @@ def plain_name(text: str) -> str:
     """A flag type: a name that is safe as the beginning of file names."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}", text):
         raise argparse.ArgumentTypeError(
-            f"takes up to 80 letters, digits, '.', '_' or '-', not {printable(text)!r}"
+            f"takes up to 80 letters, digits, '.', '_' or '-', not {printable(text, 40)!r}"
         )
     return text
 
@@ -45,7 +45,7 @@ def augmentation(text: str) -> str:
     try:
         train_transform(text)
     except UsageError as error:
-        raise argparse.ArgumentTypeError(printable(str(error), 200)) from None
+        raise argparse.ArgumentTypeError(printable(error)) from None
     return text
 
 

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import printable, progress_bar, run_main, whole_number
+from cli import progress_bar, run_main, whole_number
 from cores import usable_cores
 from device import choose_device, set_up_torch
 from engine import autocast
-from errors import RunError, UsageError
+from errors import RunError, UsageError, printable
 from flags import Parser, add_processor, add_weights
 from image_files import Found, Picture, find_images, lines_of, read_image
 from report_plots import plot_prediction

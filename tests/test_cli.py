@@ -11,8 +11,8 @@ import pytest
 from conftest import REPOSITORY, WITHOUT_TORCH
 
 import cli
-from cli import number, printable, run_main, shell_command, start_log, whole_number
-from errors import RunError, UsageError
+from cli import number, run_main, shell_command, start_log, whole_number
+from errors import RunError, UsageError, printable
 
 # ---- flag types ----
 
@@ -48,8 +48,9 @@ def test_numbers_that_do_not_count(text: str) -> None:
 def test_what_is_shown_of_an_answer_is_short_and_harmless() -> None:
     assert printable("größer 7") == "größer 7"
     assert printable("a\x1b[2J\n\t\x00\udcff\u202e") == "a?[2J?????"
-    assert printable("x" * 50) == "x" * 40 + "..."
-    assert printable("x" * 40) == "x" * 40
+    assert printable("x" * 50, 40) == "x" * 40 + "..."
+    assert printable("x" * 40, 40) == "x" * 40
+    assert printable(ValueError("no\nroom")) == "no?room"
 
 
 def test_a_command_is_quoted_for_this_systems_shell(monkeypatch: pytest.MonkeyPatch) -> None:
