@@ -1,9 +1,11 @@
 """Which processor trains, at which precision, and torch's global switches for it."""
 
+import contextlib
 import ctypes
 import os
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +60,11 @@ def native_bf16(device: torch.device) -> bool:
             return False
         return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
     return False
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast on `device`, or a context that does nothing for fp32: one path for both."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 # Compiling costs one to two minutes; a run must train on this many images to win them back. On a CPU in fp32

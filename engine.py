@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import distributed
 from cli import LOG, progress_bar
+from device import autocast
 from errors import RunError
 from mixing import soft_hits
 from strategies import Strategies
@@ -221,11 +222,6 @@ def compiled(model: nn.Module, device: torch.device) -> Callable[..., torch.Tens
     network is bound by kernel launches on a large GPU."""
     mode = "reduce-overhead" if device.type == "cuda" else None
     return torch.compile(model, mode=mode, dynamic=False)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast on `device`, or a context that does nothing for fp32: one path for both."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def train_one_epoch(

@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 from cli import progress_bar, run_main, whole_number
 from cores import usable_cores
-from device import choose_device, set_up_torch
-from engine import autocast
+from device import autocast, choose_device, set_up_torch
 from errors import RunError, UsageError, printable
 from flags import Parser, add_processor, add_weights
 from image_files import Found, Picture, find_images, lines_of, read_image

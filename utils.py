@@ -26,6 +26,7 @@ from torch_lr_finder import LRFinder, TrainDataLoaderIter
 from augment import train_transform
 from cores import choose_workers
 from dataset import CIFAR100_MEAN, CIFAR100_STD, Split
+from device import autocast
 from errors import UsageError
 from lr_suggestion import LRFinderResult, smooth, suggest_lr
 
@@ -231,7 +232,7 @@ class _Autocast(nn.Module):
         self.model, self.precision = model, precision
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(images.device, self.precision):
             logits = self.model(images)
         return logits.float()
 

@@ -14,19 +14,11 @@ MODULES = sorted(path.stem for path in REPOSITORY.glob("*.py"))
 RANKS = (
     {"errors", "sync_bn"},
     {"archive", "cores", "distributed", "fast_transforms", "files", "model", "synthetic"}
-    | {"distill", "mixing", "recipe_checks", "sam", "schedules"}
+    | {"mixing", "recipe_checks", "sam", "schedules"}
     | {"html_page", "image_files", "tensorboard_log", "lr_suggestion", "metrics"},
     {"augment", "checkpoint", "cli", "device", "download", "figures", "recipes"},
-    {
-        "measuring",
-        "dataset",
-        "run_files",
-        "averaging",
-        "flags_training",
-        "plots",
-        "report_plots",
-        "eda_plots",
-    },
+    {"averaging", "dataset", "distill", "flags_training", "measuring", "run_files"}
+    | {"eda_plots", "plots", "report_plots"},
     {"recipe"},
     {"analysis", "eda", "exporting", "flags", "plain_recipe", "strategies", "report", "trained", "utils"},
     {"engine", "benchmark_setting"},
