@@ -22,11 +22,11 @@ from torch import nn
 
 from benchmark_pairs import make_step, project_works
 from benchmark_setting import EPOCH_IMAGES, SEED, TRAIN_PER_TEST, Setting, build_parser, setting_of
-from cli import progress_bar, run_main
-from dataset import DatasetUnavailable, ImageData, Split, load_dataset
-from device import precision_name, set_up_torch
-from errors import RunError, UsageError
-from files import atomic_write_text
+from cifar.dataset import DatasetUnavailable, ImageData, Split, load_dataset
+from core.cli import progress_bar, run_main
+from core.errors import RunError, UsageError
+from core.files import atomic_write_text
+from core.machine import precision_name, set_up_torch
 from measuring import (
     Pair,
     convolution_peak,

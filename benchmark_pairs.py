@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmark_setting import EPOCH_IMAGES, SEED, Setting
-from dataset import Split
-from engine import Sums, TrainStep, evaluate, train_one_epoch
+from cifar.dataset import Split
 from measuring import repeated
 from model import build_model
 from plain_side import drain, same_images
+from training.engine import Sums, TrainStep, evaluate, train_one_epoch
 from utils import make_test_batches, make_train_loader
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from cli import whole_number
-from device import choose_compile, choose_device, native_bf16
-from errors import UsageError
-from flags import Parser, add_data_folder
+from core.cli import whole_number
+from core.errors import UsageError
+from core.machine import choose_compile, choose_device, native_bf16
 from model import MODELS
-from recipe import Recipe
+from training.flags import Parser, add_data_folder
+from training.recipe import Recipe
 from utils import choose_workers
 
 # An epoch of CIFAR-100 trains on 50,000 images and tests on 10,000; a measured one keeps the proportion.

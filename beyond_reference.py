@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import distributed
-from dataset import ImageData, Split
-from engine import Metrics, evaluate
-from errors import RunError, UsageError
-from recipe import Recipe
-from run import Run
-from run_files import RunFiles
-from trained import load_trained
+from cifar.dataset import ImageData, Split
+from core import distributed
+from core.errors import RunError, UsageError
+from training.engine import Metrics, evaluate
+from training.recipe import Recipe
+from training.run import Run
+from training.run_files import RunFiles
+from training.trained import load_model
 from utils import make_test_batches
 
 # Images, of the training set, that SWA's BatchNorm statistics are measured on after each epoch.
@@ -46,13 +46,13 @@ def load_teacher(recipe: Recipe, data: ImageData, device: torch.device, files: R
         return None
     if Path(recipe.teacher).resolve() in [path.resolve() for path in files.checkpoints]:
         raise UsageError(f"--teacher {recipe.teacher} would be replaced by this run: pass another --name")
-    teacher = load_trained(recipe.teacher, device)
+    teacher = load_model(recipe.teacher, device)
     if teacher.classes != tuple(data.classes):
         raise RunError(f"--teacher {recipe.teacher} knows other classes than {data.name} has")
     return teacher.model
 
 
-def statistics_batches(split: Split, recipe: Recipe, device: torch.device) -> list[tuple]:
+def bn_update_batches(split: Split, recipe: Recipe, device: torch.device) -> list[tuple]:
     """The images that SWA's BatchNorm statistics are measured on: the same on every process, unaugmented."""
     if recipe.swa_start is None:
         return []

@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-import distributed
-from cli import LOG, as_answer, ask, ask_yes_no, is_interactive, number, whole_number
-from dataset import DatasetUnavailable, ImageData, load_dataset
-from errors import RunError
-from flags import DEFAULT_NAME, build_parser, plain_name
+from cifar.dataset import DatasetUnavailable, ImageData, load_dataset
+from core import distributed
+from core.cli import LOG, as_answer, ask, ask_yes_no, is_interactive, number, whole_number
+from core.errors import RunError
+from inspection.curves import plot_lr_finder
 from lr_suggestion import DEFAULT_LR
-from plots import plot_lr_finder
-from recipe import MAX_EPOCHS, Recipe
-from run_files import RunFiles
+from training.flags import DEFAULT_NAME, build_parser, plain_name
+from training.recipe import MAX_EPOCHS, Recipe
+from training.run_files import RunFiles
 from utils import find_lr
 
 DEFAULT_EPOCHS = 20
@@ -63,18 +63,18 @@ def choose_files(
     if state is not None:
         files = RunFiles(folder, args.name or stored_name(state))
         own = source.resolve() in (files.last.resolve(), files.previous.resolve())
-        if own or args.overwrite or not distributed.from_main(files.taken):
+        if own or args.overwrite or not distributed.from_main(files.exists):
             return files
-        free = distributed.from_main(files.free())
+        free = distributed.from_main(files.next_free())
         LOG.info(f"{files.last} is not {source} and is kept; this run writes {free.name}.")
         return free
     name = args.name or DEFAULT_NAME
     if recipe.dataset == "synthetic" and "synthetic" not in name:
         name += "_synthetic"
     files = RunFiles(folder, name)
-    if not distributed.from_main(files.taken) or args.overwrite:
+    if not distributed.from_main(files.exists) or args.overwrite:
         return files
-    free = distributed.from_main(files.free())
+    free = distributed.from_main(files.next_free())
     if not args.yes and distributed.from_main(is_interactive()):
         question = f"{files.last.parent} holds a run {name}. Overwrite it? (y/n, default: n): "
         if ask_yes_no(question, default=False):

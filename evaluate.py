@@ -21,22 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import versions
-from cli import LOG, run_main, start_log, whole_number
-from dataset import ImageData, Split, balanced_subset, load_dataset
-from device import choose_device, device_name, precision_name, set_up_torch
-from engine import Metrics
-from errors import RunError
-from files import atomic_write_text
-from flags import DEFAULT_NAME, Parser, add_data_folder, add_processor, add_weights, plain_name
-from inference import VIEWS, averaged_log_probabilities, timed_logits
-from metrics import Scores, confusion_matrix, per_class, score
+from cifar.dataset import ImageData, Split, balanced_subset, load_dataset
+from core.cli import LOG, run_main, start_log, whole_number
+from core.errors import RunError
+from core.files import atomic_write_text
+from core.machine import choose_device, device_name, precision_name, set_up_torch
+from inspection.inference import VIEWS, averaged_log_probabilities, timed_logits
+from inspection.metrics import Scores, confusion_matrix, per_class, score
+from inspection.report import Evaluation, confused_pairs, score_rows, write_report
 from model import count_parameters
-from recipe import Recipe
-from recorded import Agreement, compare, history_rows, weights_epoch
-from report import Evaluation, confused_pairs, score_rows, write_report
-from run_files import RunFiles
-from trained import Trained, find_weights, load_trained
+from training.checkpoint import versions
+from training.engine import Metrics
+from training.flags import DEFAULT_NAME, Parser, add_data_folder, add_processor, add_weights, plain_name
+from training.recipe import Recipe
+from training.recorded import Reproduction, compare, history_rows, weights_epoch
+from training.run_files import RunFiles
+from training.trained import LoadedModel, find_weights, load_model
 from utils import make_test_batches
 
 UNITS = {"top1": "percent", "top5": "percent", "superclass": "percent", "loss": "nats per image"}
@@ -86,7 +86,7 @@ class Outcome:
     `measured` is the engine's result; `scores` and `augmented` (with --tta) are all figures.
     """
 
-    trained: Trained
+    trained: LoadedModel
     data: ImageData
     split: Split
     device: torch.device
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     start_log(None)
     device = choose_device(args.device)
-    trained = load_trained(args.weights or find_weights(args.output_dir), device)
+    trained = load_model(args.weights or find_weights(args.output_dir), device)
     files = RunFiles(args.output_dir, args.name or run_name(trained))
     files.prepare()
     test = run_test(args, trained, device)
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run_name(trained: Trained) -> str:
+def run_name(trained: LoadedModel) -> str:
     """The name of the run in the checkpoint, else, where that is no plain name, that of the file."""
     for name in (trained.state.get("name"), trained.path.stem):
         with contextlib.suppress(argparse.ArgumentTypeError):
@@ -158,7 +158,7 @@ def run_name(trained: Trained) -> str:
     return DEFAULT_NAME
 
 
-def run_test(args: argparse.Namespace, trained: Trained, device: torch.device) -> Outcome:
+def run_test(args: argparse.Namespace, trained: LoadedModel, device: torch.device) -> Outcome:
     """One pass over the images that the flags, or else the recipe, ask for; with --tta one more a view.
 
     Raises:
@@ -193,7 +193,7 @@ def changes(test: Outcome) -> list[str]:
     return found + ([] if test.batch_size == recipe.test_batch_size else [f"batches of {test.batch_size:,}"])
 
 
-def evaluation_of(test: Outcome, agreement: Agreement, name: str) -> Evaluation:
+def evaluation_of(test: Outcome, agreement: Reproduction, name: str) -> Evaluation:
     """What the report shows."""
     trained, data = test.trained, test.data
     notes = [agreement.text]
@@ -227,7 +227,7 @@ def facts_of(test: Outcome) -> tuple[tuple[str, str], ...]:
     facts = [
         ("Weights", test.trained.path.name),
         ("Network", f"{recipe.model}, {count_parameters(test.trained.model):,} parameters"),
-        ("Trained", f"{recipe.epochs} epochs of SGD, batch {recipe.batch_size}, {recipe.schedule_note}"),
+        ("LoadedModel", f"{recipe.epochs} epochs of SGD, batch {recipe.batch_size}, {recipe.schedule_note}"),
         ("Training data", limits.removeprefix("on ")),
         ("Tested on", test.data_note),
         ("Test", test.setting_note),
@@ -243,7 +243,7 @@ def facts_of(test: Outcome) -> tuple[tuple[str, str], ...]:
     return tuple(facts) + tuple(versions().items())
 
 
-def say(test: Outcome, evaluation: Evaluation, agreement: Agreement) -> None:
+def say(test: Outcome, evaluation: Evaluation, agreement: Reproduction) -> None:
     """The figures as a small table, the most confused pairs, and whether the run's figure came out."""
     LOG.info(f"{test.trained.path}: {test.subject}, {test.data_note}")
     if test.augmented:
@@ -258,7 +258,7 @@ def say(test: Outcome, evaluation: Evaluation, agreement: Agreement) -> None:
     (LOG.warning if agreement.equal is False else LOG.info)(agreement.text)
 
 
-def json_figures(test: Outcome, agreement: Agreement) -> dict[str, Any]:
+def json_figures(test: Outcome, agreement: Reproduction) -> dict[str, Any]:
     """The figures for programs; per class in percent, null where one is not defined."""
     trained, scores = test.trained, test.scores
     per = per_class(confusion_matrix(test.split.labels, test.logits.argmax(axis=1), len(test.data.classes)))

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from cli import LOG, run_main, start_log, whole_number
-from errors import RunError, UsageError
-from files import atomic_write_text
-from flags import Parser, plain_name
+from core.cli import LOG, run_main, start_log, whole_number
+from core.errors import RunError, UsageError
+from core.files import atomic_write_text
 from model import MODELS, build_model, count_macs, count_parameters
-from recipes import RECIPES
-from run_files import RunFiles
+from training.flags import Parser, plain_name
+from training.presets import PRESETS
+from training.run_files import RunFiles
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags; what stands after `--` goes to every run of train.py."""
     made = Parser(prog="experiments.py", description="Run recipes by seeds; flags after -- go to train.py.")
     made.add_argument(
-        "--recipes", nargs="+", default=[], choices=tuple(RECIPES), help="recipes of train.py, by name"
+        "--recipes", nargs="+", default=[], choices=tuple(PRESETS), help="recipes of train.py, by name"
     )
     made.add_argument(
         "--run",

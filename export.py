@@ -25,9 +25,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from cli import LOG, progress_bar, run_main, start_log, whole_number
-from dataset import ARCHIVE, CIFAR100_MEAN, CIFAR100_STD, FOLDER, ImageData, balanced_subset, load_dataset
-from errors import RunError, UsageError
+from cifar.dataset import (
+    ARCHIVE,
+    CIFAR100_MEAN,
+    CIFAR100_STD,
+    FOLDER,
+    ImageData,
+    balanced_subset,
+    load_dataset,
+)
+from core.cli import LOG, progress_bar, run_main, start_log, whole_number
+from core.errors import RunError, UsageError
+from core.files import atomic_write
 from exporting import (
     ENDINGS,
     Exported,
@@ -39,16 +48,15 @@ from exporting import (
     to_torch_export,
     to_torchscript,
 )
-from files import atomic_write
-from flags import Parser, add_data_dir, add_weights
-from trained import Trained, find_weights, load_trained
+from training.flags import Parser, add_data_dir, add_weights
+from training.trained import LoadedModel, find_weights, load_model
 from utils import normalize
 
 LIMIT = 1e-4  # of an output's difference: rounding explains 1e-5 for logits of 10, as trained networks give
 CALIBRATION_IMAGES = 500  # five a class: the ranges hardly change with more
 LATENCY_BATCHES = (1, 128)
 # TorchScript compiles itself during the first calls.
-WARM_UP_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS, TIMING_S = 3, 3, 50, 3.0
+WARM_UP_ROUNDS, MIN_ROUNDS, MAX_ROUNDS, TIMING_S = 3, 3, 50, 3.0
 PACKAGES = {"onnx": ("onnx", "onnxruntime")}  # beside the project's own
 EXPORTERS = {"onnx": to_onnx, "torchscript": to_torchscript, "torch-export": to_torch_export}
 EXAMPLE = np.zeros((2, 32, 32, 3), dtype=np.uint8)  # of one image, torch.export would keep the 1
@@ -110,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--int8 goes with --format onnx only, not {args.format}")
     require_packages(PACKAGES.get(args.format, ()), f"--format {args.format}")
     start_log(None)
-    trained = load_trained(args.weights or find_weights(args.output_dir))
+    trained = load_model(args.weights or find_weights(args.output_dir))
     target = args.output or args.output_dir / default_name(args, trained)
     if not target.parent.is_dir():
         raise UsageError(f"the folder {target.parent} does not exist: make it, or pass another --output")
@@ -137,14 +145,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def default_name(args: argparse.Namespace, trained: Trained) -> str:
+def default_name(args: argparse.Namespace, trained: LoadedModel) -> str:
     """The file's name: that of the run, what is special, the format's ending."""
     run = re.sub(r"[^A-Za-z0-9._-]", "_", str(trained.state.get("name") or trained.recipe.model))
     special = "_preprocessing" * args.with_preprocessing + "_int8" * args.int8
     return run + special + ENDINGS[args.format]
 
 
-def find_data(trained: Trained, data_dir: Path) -> ImageData | None:
+def find_data(trained: LoadedModel, data_dir: Path) -> ImageData | None:
     """The data that the network was trained on, if it is here or can be drawn; nothing is downloaded."""
     name = trained.recipe.dataset
     if name == "cifar100" and not ((data_dir / FOLDER).is_dir() or (data_dir / ARCHIVE).is_file()):
@@ -164,7 +172,7 @@ def images_to_check(data: ImageData | None, count: int) -> Checked:
     return Checked(data.test.images[:count], data.test.labels[:count], what)
 
 
-def describe(trained: Trained, with_preprocessing: bool) -> dict[str, Any]:
+def describe(trained: LoadedModel, with_preprocessing: bool) -> dict[str, Any]:
     """What a user of the file needs to know, as plain types."""
     return {
         "network": trained.recipe.model,
@@ -239,8 +247,8 @@ def medians_ms(networks: list[Exported], batch: torch.Tensor) -> list[float]:
         network(batch)
     times: list[list[float]] = [[] for _ in networks]
     began = time.perf_counter()
-    while len(times[0]) < LEAST_ROUNDS or (
-        len(times[0]) < MOST_ROUNDS and time.perf_counter() - began < TIMING_S
+    while len(times[0]) < MIN_ROUNDS or (
+        len(times[0]) < MAX_ROUNDS and time.perf_counter() - began < TIMING_S
     ):
         for network, measured in zip(networks, times, strict=True):
             start = time.perf_counter()

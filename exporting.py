@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import CIFAR100_MEAN, CIFAR100_STD
-from errors import RunError
+from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD
+from core.errors import RunError
 
 ENDINGS = {"onnx": ".onnx", "torchscript": ".torchscript", "torch-export": ".pt2"}
 META = "meta.json"

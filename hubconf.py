@@ -57,8 +57,8 @@ def _load_trained_weights(network, name):
     """
     path = _FOLDER / "weights" / f"{name}_cifar100.pth"
     with _imports_from_here():
-        import checkpoint
-        from errors import RunError
+        from core.errors import RunError
+        from training import checkpoint
     if not path.is_file():
         carried = sorted(
             file.name.removesuffix("_cifar100.pth") for file in path.parent.glob("*_cifar100.pth")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from errors import RunError
+from core.errors import RunError
 
 SIZE = 32  # pixels, of the square that the network sees
 # What is read. Pillow knows more, but among those are kinds that start other programs (EPS), and none that

@@ -9,8 +9,8 @@ import numpy as np
 # The suggestion is the default unless the smoothed loss fell by this share, and lies between these rates:
 # below, a fresh network's loss falls steeply too, as its last layer unlearns its random start, but SGD
 # would crawl.
-LEAST_FALL = 0.02
-SANE_RATES = (0.01, 0.3)
+MIN_FALL = 0.02
+LR_BOUNDS = (0.01, 0.3)
 # Batch noise decides where in a flat valley the lowest point lies; so the valley counts as low as far as the
 # smoothed loss stays within this share of its fall, and the fallback starts from the valley's far end.
 VALLEY = 0.05
@@ -59,8 +59,8 @@ def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, 
     """The learning rate that a range test suggests, and the method that found it.
 
     Steepest descent of the smoothed loss over the logarithm of the rate; where that lies outside
-    SANE_RATES, a tenth of the highest rate at which the loss is as good as lowest (VALLEY); where that does
-    too, or the loss is not finite or never fell by LEAST_FALL, DEFAULT_LR, with the reason as the method.
+    LR_BOUNDS, a tenth of the highest rate at which the loss is as good as lowest (VALLEY); where that does
+    too, or the loss is not finite or never fell by MIN_FALL, DEFAULT_LR, with the reason as the method.
     """
     finite = np.isfinite(losses)
     count = len(losses) if finite.all() else int(np.argmin(finite))
@@ -68,9 +68,9 @@ def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, 
         return DEFAULT_LR, "the default: the loss was NaN or infinite almost at once"
     curve = smooth(losses[:count])
     lowest = int(np.argmin(curve))
-    if curve[0] - curve[lowest] < LEAST_FALL * abs(curve[0]):
+    if curve[0] - curve[lowest] < MIN_FALL * abs(curve[0]):
         return DEFAULT_LR, "the default: the loss never fell"
-    low, high = SANE_RATES
+    low, high = LR_BOUNDS
     slope = np.gradient(curve[: lowest + 1], np.log10(rates[: lowest + 1]))
     steepest = float(rates[int(np.argmin(slope))])
     if low <= steepest <= high:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UsageError
+from core.errors import UsageError
 
 # Smallest and largest image side, pixels. At 16 the last stage still sees 4x4; other sizes would
 # run too, but are likelier to be a mistake in the data than a wish.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import CIFAR100_MEAN, CIFAR100_STD, Split
-from fast_transforms import A
+from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
+from cifar.fast_transforms import A
 
 # isort: split
 from albumentations.pytorch import ToTensorV2  # after fast_transforms, which silences its look for updates

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import plain_recipe
 from benchmark_setting import SEED, Setting
-from dataset import Split
-from errors import RunError
+from cifar.dataset import Split
+from core.errors import RunError
 from measuring import Sample, repeated, timed
 from model import build_model
 from utils import normalize

@@ -25,19 +25,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import progress_bar, run_main, whole_number
-from cores import usable_cores
-from device import autocast, choose_device, set_up_torch
-from errors import RunError, UsageError, printable
-from flags import Parser, add_processor, add_weights
+from core.cli import progress_bar, run_main, whole_number
+from core.cores import usable_cores
+from core.errors import RunError, UsageError, printable
+from core.machine import autocast, choose_device, set_up_torch
 from image_files import Found, Picture, find_images, lines_of, read_image
-from report_plots import plot_prediction
-from trained import Trained, find_weights, load_trained
+from inspection.evaluation_plots import plot_prediction
+from training.flags import Parser, add_processor, add_weights
+from training.trained import LoadedModel, find_weights, load_model
 from utils import normalize
 
 PREVIEW_PX = 384  # the longer side of an image drawn beside its bars
 # Threads that unpack files; each may hold a whole image, of up to a gigabyte for the largest ones allowed.
-MOST_READERS = 4
+MAX_READERS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     """Classify what the arguments name; 1 if anything could not be read, else 0."""
     args = build_parser().parse_args(argv)
     device = choose_device(args.device)
-    trained = load_trained(args.weights or find_weights(args.output_dir), device)
+    trained = load_model(args.weights or find_weights(args.output_dir), device)
     if args.topk > len(trained.classes):
         raise UsageError(f"--topk {args.topk}: the network knows {len(trained.classes)} classes")
     set_up_torch(trained.recipe.seed, device, deterministic=False)
@@ -141,7 +141,7 @@ def count_inputs(inputs: list[str]) -> int | None:
 
 
 def predict(
-    trained: Trained,
+    trained: LoadedModel,
     found: Iterable[Found],
     *,
     batch_size: int,
@@ -154,7 +154,7 @@ def predict(
     No file is looked for or read before its batch is due, so memory does not grow with their number.
     """
     found = iter(found)
-    with ThreadPoolExecutor(min(MOST_READERS, usable_cores())) as readers:
+    with ThreadPoolExecutor(min(MAX_READERS, usable_cores())) as readers:
         while batch := list(itertools.islice(found, batch_size)):
             pictures = list(readers.map(lambda item: _read(item, preview_px), batch))
             read = [picture for picture in pictures if isinstance(picture, Picture)]
@@ -178,7 +178,7 @@ def _read(item: Found, preview_px: int) -> Picture | str:
 
 
 def classify(
-    trained: Trained, images: np.ndarray, topk: int, precision: str
+    trained: LoadedModel, images: np.ndarray, topk: int, precision: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each of `images` (uint8 [N, 32, 32, 3]) the `topk` likeliest labels, int64 [K], and their
     probabilities, float32 [K]; equal ones in the order of their labels.
@@ -195,7 +195,7 @@ def classify(
 
 
 @torch.inference_mode()
-def compute_logits(trained: Trained, images: np.ndarray, precision: str) -> torch.Tensor:
+def compute_logits(trained: LoadedModel, images: np.ndarray, precision: str) -> torch.Tensor:
     """Logits float32 [N, classes] of `images` (uint8 [N, 32, 32, 3]), by the way that testing takes.
 
     With batches of the same size they are the same bits as in testing. With others the processor may add in
@@ -207,7 +207,7 @@ def compute_logits(trained: Trained, images: np.ndarray, precision: str) -> torc
         return trained.model(batch).float()
 
 
-def as_table(prediction: Prediction, trained: Trained) -> str:
+def as_table(prediction: Prediction, trained: LoadedModel) -> str:
     """The path, and below it a line for each class: rank, probability, class, superclass."""
     lines = [printable(prediction.path, 300)]
     width = max(len(name) for name in trained.classes)
@@ -216,7 +216,7 @@ def as_table(prediction: Prediction, trained: Trained) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(prediction: Prediction, trained: Trained) -> str:
+def as_json(prediction: Prediction, trained: LoadedModel) -> str:
     """The prediction as one line of JSON: {"path": ..., "predictions": [{"class", "superclass", "label",
     "probability"}, ...]}, the likeliest class first."""
     keys = ("class", "superclass", "label", "probability")
@@ -224,13 +224,13 @@ def as_json(prediction: Prediction, trained: Trained) -> str:
     return json.dumps({"path": prediction.path, "predictions": rows}) + "\n"
 
 
-def _rows(prediction: Prediction, trained: Trained) -> Iterator[tuple[str, str, int, float]]:
+def _rows(prediction: Prediction, trained: LoadedModel) -> Iterator[tuple[str, str, int, float]]:
     for label, probability in zip(prediction.labels.tolist(), prediction.probabilities.tolist(), strict=True):
         superclass = trained.superclasses[trained.superclass_of[label]]
         yield trained.classes[label], superclass, label, probability
 
 
-def save_drawing(prediction: Prediction, trained: Trained, folder: Path, number: int) -> Path:
+def save_drawing(prediction: Prediction, trained: LoadedModel, folder: Path, number: int) -> Path:
     """Draw the image with its bars as NUMBER_NAME.png in `folder`: NAME is the file's, and NUMBER, the
     input's from 1, keeps files of one name in several folders apart."""
     name = Path(prediction.path).name

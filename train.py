@@ -21,30 +21,30 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import checkpoint as ckpt
-import distributed
-from analysis import analyse
-from beyond_reference import load_teacher, statistics_batches, test_average
-from cli import LOG, Interrupts, run_main, shell_command, start_log
-from dataset import ImageData, Split, balanced_subset, train_val_split
-from device import choose_compile, choose_device, device_name, native_bf16, precision_name, set_up_torch
+from beyond_reference import bn_update_batches, load_teacher, test_average
+from cifar.dataset import ImageData, Split, balanced_subset, train_val_split
+from core import distributed
+from core.cli import LOG, Interrupts, run_main, shell_command, start_log
+from core.errors import RunError, UsageError
+from core.files import RunLock, remove_temporary_files
+from core.machine import choose_compile, choose_device, device_name, native_bf16, precision_name, set_up_torch
 from dialogue import answer_questions, choose_files, load_data, resume_command
-from engine import TrainStep, evaluate, train_one_epoch
-from errors import RunError, UsageError
-from files import RunLock, remove_leftovers
-from flags import DEFAULT_NAME, build_parser, check_against, fill_in, recipe_from
 from model import build_model, count_parameters
-from recipe import Recipe
-from run import Interrupted, Run
-from run_files import RunFiles
-from strategies import build_strategies
-from tensorboard_log import TensorBoard
+from training import checkpoint as ckpt
+from training.engine import TrainStep, evaluate, train_one_epoch
+from training.flags import DEFAULT_NAME, apply_preset, build_parser, check_resume_flags, recipe_from
+from training.history import analyse
+from training.recipe import Recipe
+from training.run import Interrupted, Run
+from training.run_files import RunFiles
+from training.techniques import build_techniques
+from training.tensorboard_log import TensorBoard
 from utils import choose_workers, make_test_batches, make_train_loader
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, then train; Ctrl-C and SIGTERM save what is needed to resume."""
-    args = fill_in(build_parser().parse_args(argv))
+    args = apply_preset(build_parser().parse_args(argv))
     interrupts = Interrupts()
     with interrupts.caught():
         try:
@@ -76,7 +76,7 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
     with RunLock(files.path(".lock")) if distributed.is_main() else contextlib.nullcontext():
         if distributed.is_main():
             for part in ("_", ".lock."):
-                remove_leftovers(files.folder, files.name + part)
+                remove_temporary_files(files.folder, files.name + part)
             if state is not None:
                 files.put_damaged_aside()
         start_log(files.path("_log.txt"))
@@ -102,10 +102,10 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
                 files.remove_run()  # not before: the questions may be left by Ctrl-C
         run = start_run(args, recipe, data, model, teacher, len(loader), files, interrupts, state, source)
         if run.averaging is not None:
-            run.averaging.bn_batches = statistics_batches(train_split, recipe, device)
-        test_batches = make_test_batches(own_share(test_split), recipe.test_batch_size, device)
+            run.averaging.bn_batches = bn_update_batches(train_split, recipe, device)
+        test_batches = make_test_batches(rank_shard(test_split), recipe.test_batch_size, device)
         val_batches = (
-            make_test_batches(own_share(val_split), recipe.test_batch_size, device) if val_split else []
+            make_test_batches(rank_shard(val_split), recipe.test_batch_size, device) if val_split else []
         )
         board = start_board(args, run, loader)
         train_epochs(run, loader, val_batches or test_batches, after_epoch=board)
@@ -161,7 +161,7 @@ def finish(run: Run, test_batches: list[tuple]) -> None:
     """Write the results and say what the run came to; with held-out images, read the test set now."""
     tests = {}
     if run.recipe.val_split:
-        final = {name: value.clone() for name, value in run.kept.state_dict().items()}
+        final = {name: value.clone() for name, value in run.eval_model.state_dict().items()}
         for key, weights in (("best", run.best["model"]), ("last", final)):
             run.model.load_state_dict(weights)
             tests[key] = evaluate(
@@ -216,7 +216,7 @@ def starting_recipe(args: argparse.Namespace, state: dict[str, Any] | None, devi
     """
     if state is not None:
         recipe = Recipe.from_dict(state["recipe"])
-        check_against(args, recipe)
+        check_resume_flags(args, recipe)
         kept = args.precision in (None, "auto")
         return recipe if kept else replace(recipe, precision=args.precision)
     precision = args.precision
@@ -242,7 +242,7 @@ def splits(data: ImageData, recipe: Recipe) -> tuple[Split, Split, Split | None]
     return train_split, test_split, val_split
 
 
-def own_share(split: Split) -> Split:
+def rank_shard(split: Split) -> Split:
     """The images that this process tests: with several processes each takes every so-manieth, none twice."""
     share = slice(distributed.rank(), None, distributed.world_size())
     return Split(np.ascontiguousarray(split.images[share]), split.labels[share])
@@ -257,7 +257,7 @@ def say_what_is_trained(
         f"Network: {recipe.model}, {count_parameters(model):,} parameters | Data: {recipe.data_note}, "
         f"{len(train_split):,} train / {len(test_split):,} test | Recipe: SGD, batch "
         f"{recipe.batch_size}, weight decay {recipe.weight_decay:g}, {recipe.scheduler}, "
-        f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.improvements_note}"
+        f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.non_default_note}"
     )
     LOG.info(f"Command: {shell_command(['python', *sys.argv])}")
     versions = {"code": ckpt.commit(), **ckpt.versions()}
@@ -292,7 +292,7 @@ def start_run(
         precision=recipe.precision,
         compile_model=use_compile,
         sync_bn=args.sync_bn,
-        strategies=build_strategies(
+        techniques=build_techniques(
             recipe,
             model,
             classes=len(data.classes),

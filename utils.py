@@ -23,11 +23,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
-from augment import train_transform
-from cores import choose_workers
-from dataset import CIFAR100_MEAN, CIFAR100_STD, Split
-from device import autocast
-from errors import UsageError
+from cifar.augment import train_transform
+from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
+from core.cores import choose_workers
+from core.errors import UsageError
+from core.machine import autocast
 from lr_suggestion import LRFinderResult, smooth, suggest_lr
 
 __all__ = [

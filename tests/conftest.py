@@ -19,8 +19,9 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
-    from driver import Driver
-    from small_run import Evaluated
+
+    from helpers.driver import Driver
+    from helpers.small_run import Evaluated
 
 pytest.register_assert_rewrite("checkpoint_files")  # its asserts explain themselves too
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # In front of a script: cli without torch, which takes seconds to import, for scripts of one process.
 WITHOUT_TORCH = """
 import sys, types
-sys.modules["distributed"] = types.SimpleNamespace(
+sys.modules["core.distributed"] = types.SimpleNamespace(
     is_main=lambda: True, from_main=lambda value: value, stop=lambda: None
 )
 """
@@ -48,7 +49,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Driver"]:
     """Runs train.py on a small data set, as often as you like, at the price of one import."""
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
-    from driver import Driver
+    from helpers.driver import Driver
 
     made = Driver(tmp_path_factory.mktemp("driver"))
     yield made
@@ -118,7 +119,7 @@ def tiny_cifar(monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
 
 def install_tiny_cifar(monkeypatch: pytest.MonkeyPatch, contents: dict[str, dict]) -> TinyCifar:
     """As `tiny_cifar`, with contents of your own."""
-    import dataset
+    from cifar import dataset
 
     members = {name: pickle.dumps(value, protocol=2) for name, value in contents.items()}
     archive = tar_gz([(f"cifar-100-python/{name}", data) for name, data in members.items()])
@@ -135,7 +136,7 @@ def install_tiny_cifar(monkeypatch: pytest.MonkeyPatch, contents: dict[str, dict
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """train.main() on stand-ins, without plots, in an empty folder; standard input is at its end."""
-    from stand_ins import forget_log, stand_in
+    from helpers.stand_ins import forget_log, stand_in
 
     stand_in(monkeypatch, plots=False)
     monkeypatch.chdir(tmp_path)
@@ -165,7 +166,7 @@ def finder(quick: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(scope="module")
 def run_state() -> dict[str, Any]:
     """What a run saves."""
-    from checkpoint_files import make_run_state
+    from helpers.checkpoint_files import make_run_state
 
     return make_run_state()
 
@@ -173,7 +174,7 @@ def run_state() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def good_checkpoint(run_state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that holds `run_state`."""
-    from checkpoint import save_checkpoint
+    from training.checkpoint import save_checkpoint
 
     path = tmp_path_factory.mktemp("good") / "run_last.pth"
     save_checkpoint(path, run_state)
@@ -201,7 +202,7 @@ def bright_images() -> np.ndarray:
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Evaluated"]:
     """A small run, and what evaluate.py made of it."""
-    from small_run import evaluate_small_run
+    from helpers.small_run import evaluate_small_run
 
     folder, data_dir = tmp_path_factory.mktemp("output"), tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:

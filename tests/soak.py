@@ -20,14 +20,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-# first of these: it makes the project's modules known
-from driver import QUICK, Driver, digests
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
-from cli import as_answer, ask, ask_yes_no, number, whole_number
-from errors import RunError, UsageError
-from run_files import RunFiles
+from core.cli import as_answer, ask, ask_yes_no, number, whole_number
+from core.errors import RunError, UsageError
+
+# first of these: it makes the project's modules known
+from helpers.driver import QUICK, Driver, digests
+from training.checkpoint import load_checkpoint
+from training.run_files import RunFiles
 
 NAME = "CNN_Model"
 LONGEST_S = 2.5  # of computing, from a start to its kill: about as long as a run takes

@@ -16,9 +16,9 @@ import measuring
 import plain_recipe
 import plain_side
 from benchmark_setting import Setting, build_parser, setting_of
-from cli import run_main
-from dataset import Split
-from errors import RunError, UsageError
+from cifar.dataset import Split
+from core.cli import run_main
+from core.errors import RunError, UsageError
 from measuring import Pair, Sample
 from model import build_model, count_macs
 

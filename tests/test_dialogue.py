@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
-from stand_ins import EPOCHS, FINDER, QUICK, RATE, SUGGESTED, load, stand_in_images, taken
 
 import dialogue
 import train as train_module
-from cli import run_main
-from dataset import DatasetUnavailable, ImageData
+from cifar.dataset import DatasetUnavailable, ImageData
+from conftest import REPOSITORY
+from core.cli import run_main
 from dialogue import resume_command
-from flags import RECIPE_FIELDS, build_parser
-from run_files import RunFiles
+from helpers.stand_ins import EPOCHS, FINDER, QUICK, RATE, SUGGESTED, load, stand_in_images, taken
 from train import main
+from training.flags import RECIPE_FIELDS, build_parser
+from training.run_files import RunFiles
 
 pexpect = pytest.importorskip("pexpect", reason="drives a pseudo-terminal") if os.name == "posix" else None
 
@@ -130,7 +130,7 @@ def test_at_a_terminal_it_is_asked(quick: pytest.MonkeyPatch, answer: str, name:
 @pytest.fixture
 def no_data(quick: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """CIFAR-100 is not here, and its sources are a port of this machine that nobody listens at."""
-    import dataset
+    from cifar import dataset
 
     data = stand_in_images()
 
@@ -235,7 +235,7 @@ ON_STAND_INS = """
 import sys
 import pytest
 import dataset, dialogue, stand_ins
-from cli import run_main
+from core.cli import run_main
 from train import main
 patch = pytest.MonkeyPatch()
 data = dataset.DatasetUnavailable("CIFAR-100 could not be downloaded:\\n  nobody: not there", [])

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from PIL import Image
-from small_run import NAMES, Evaluated, make_run
 from test_html_page import Tags
 
 import evaluate
-import report
-import synthetic
-from checkpoint import load_checkpoint, save_checkpoint
-from cli import run_main
-from dataset import balanced_subset, load_dataset
-from engine import evaluate as engine_evaluate
-from recipe import Recipe
+from cifar import synthetic
+from cifar.dataset import balanced_subset, load_dataset
+from conftest import REPOSITORY
+from core.cli import run_main
+from helpers.small_run import NAMES, Evaluated, make_run
+from inspection import report
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.engine import evaluate as engine_evaluate
+from training.recipe import Recipe
 from utils import make_test_batches
 
 

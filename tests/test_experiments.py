@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import experiments
-from errors import RunError, UsageError
+from core.errors import RunError, UsageError
 from model import MODELS
-from run_files import RunFiles
+from training.run_files import RunFiles
 
 HEADER = "epoch,learning_rate,train_loss,train_acc_percent,test_loss,test_acc_percent"
 

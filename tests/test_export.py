@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyCifar
-from tiny_checkpoint import CLASSES, save_tiny_checkpoint
 
 import export
 import exporting
-from cli import run_main
-from errors import RunError, UsageError
-from trained import load_trained
+from conftest import TinyCifar
+from core.cli import run_main
+from core.errors import RunError, UsageError
+from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
+from training.trained import load_model
 from utils import normalize
 
 needs_onnx = pytest.mark.skipif(
@@ -60,7 +60,7 @@ def test_the_file_computes_what_the_network_does(
     name = "tiny" + "_preprocessing" * with_preprocessing + exporting.ENDINGS[format_name]
     assert [path.name for path in tmp_path.iterdir()] == [name]
     network = exporting.load_exported((tmp_path / name).read_bytes(), format_name)
-    model = load_trained(weights).model
+    model = load_model(weights).model
     for count in (1, 2, 5):
         images = torch.from_numpy(some_images(count))
         with torch.inference_mode():
@@ -117,7 +117,7 @@ def test_a_file_for_one_batch_size_is_found_out(
     def record(*_args: object) -> exporting.Exported:
         def network(batch: torch.Tensor) -> torch.Tensor:
             seen.append(len(batch))
-            return load_trained(weights).model(batch)
+            return load_model(weights).model(batch)
 
         return network
 
@@ -145,7 +145,7 @@ def test_real_test_images_are_counted_and_int8_is_calibrated(
     content = (tmp_path / "tiny_preprocessing_int8.onnx").read_bytes()
     assert len(content) < 0.45 * (tmp_path / "tiny.onnx").stat().st_size
     # 8-bit, and still the same network: close, but not equal
-    model = load_trained(weights).model
+    model = load_model(weights).model
     images = torch.from_numpy(some_images(100))
     with torch.inference_mode():
         expected = model(normalize(images)).softmax(1)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
-from tiny_checkpoint import CLASSES, save_tiny_checkpoint
 
+from conftest import REPOSITORY
+from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
 from model import MODELS, build_model
-from trained import load_trained
+from training.trained import load_model
 
 NEEDED = ("hubconf.py", "model.py", "errors.py", "checkpoint.py", "files.py")
 
@@ -54,7 +54,7 @@ def test_pretrained_weights_are_those_of_the_folder(folder: Path) -> None:
     assert not network.training and network.classes == CLASSES
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(network(images), load_trained(path).model(images))
+        torch.testing.assert_close(network(images), load_model(path).model(images))
     with pytest.raises(RuntimeError, match=r"does not fit the network: fc\."):
         load(folder, "resnet20", pretrained=True, num_classes=10)
 
@@ -81,7 +81,7 @@ assert pickle.loads(pickle.dumps(network)).classes == network.classes
 for module in (model, utils, errors, checkpoint):
     assert module.MINE and sys.modules[module.__name__] is module, module
 assert "files" not in sys.modules and sys.path == path
-import recipe
+from training import recipe
 assert recipe.MINE
 """
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import image_files
-from errors import RunError
+from core.errors import RunError
 from image_files import find_images, read_image
 
 # --- finding --------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from networks import SMALL_OF_EACH_FAMILY, blocks_of, seeded, shortcut_alone
 from torch import nn
 
+from helpers.networks import SMALL_OF_EACH_FAMILY, blocks_of, seeded, shortcut_alone
 from model import build_model
 
 pytestmark = pytest.mark.usefixtures("fixed_seed")

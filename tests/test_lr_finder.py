@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from dataset import Split
-from engine import TrainStep
+from cifar.dataset import Split
 from lr_suggestion import DEFAULT_LR, VALLEY, smooth, suggest_lr
-from recipe import Recipe
+from training.engine import TrainStep
+from training.recipe import Recipe
 from utils import find_lr, make_train_loader
 
 STORED = Path(__file__).resolve().parent / "expected" / "lr_range_test.json"

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from networks import SMALL_OF_EACH_FAMILY, on_meta
 from torch import nn
 
-from errors import UsageError
+from core.errors import UsageError
+from helpers.networks import SMALL_OF_EACH_FAMILY, on_meta
 from model import MODELS, BasicBlock, ResNet, SEBasicBlock, WideBlock, build_model, model_options
 
 pytestmark = pytest.mark.usefixtures("fixed_seed")

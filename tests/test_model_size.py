@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchsummary
-from networks import on_meta, seeded
 
-from errors import UsageError
+from core.errors import UsageError
+from helpers.networks import on_meta, seeded
 from model import MODELS, build_model, count_macs, count_parameters
 
 pytestmark = pytest.mark.usefixtures("fixed_seed")

@@ -8,7 +8,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from tiny_checkpoint import save_tiny_checkpoint
+
+from helpers.tiny_checkpoint import save_tiny_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOK = REPOSITORY / "cifar100_eda.ipynb"

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoint import CLASSES, SUPERCLASSES, save_tiny_checkpoint
 
 import image_files
 import predict
-from cli import run_main
-from dataset import Split
-from errors import RunError, UsageError
+from cifar.dataset import Split
+from core.cli import run_main
+from core.errors import RunError, UsageError
+from helpers.tiny_checkpoint import CLASSES, SUPERCLASSES, save_tiny_checkpoint
 from image_files import Found, read_image
-from trained import Trained, load_trained
+from training.trained import LoadedModel, load_model
 from utils import make_test_batches
 
 
@@ -29,8 +29,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(weights: Path) -> Trained:
-    return load_trained(weights)
+def trained(weights: Path) -> LoadedModel:
+    return load_model(weights)
 
 
 def save_all(images: np.ndarray, folder: Path) -> list[Path]:
@@ -49,7 +49,7 @@ def run(argv: list[object], weights: Path) -> int:
 
 
 def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(
-    tmp_path: Path, trained: Trained, few_images: np.ndarray
+    tmp_path: Path, trained: LoadedModel, few_images: np.ndarray
 ) -> None:
     read = np.stack([read_image(str(path)).pixels for path in save_all(few_images, tmp_path)])
     np.testing.assert_array_equal(read, few_images)
@@ -65,7 +65,7 @@ def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(
 def test_json_gives_probabilities_of_the_logits(
     tmp_path: Path,
     weights: Path,
-    trained: Trained,
+    trained: LoadedModel,
     few_images: np.ndarray,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -84,16 +84,16 @@ def test_json_gives_probabilities_of_the_logits(
         assert [row["superclass"] for row in rows] == [SUPERCLASSES[label % 20] for label in labels]
 
 
-def test_equal_probabilities_come_in_the_order_of_labels(trained: Trained) -> None:
+def test_equal_probabilities_come_in_the_order_of_labels(trained: LoadedModel) -> None:
     model = type("Flat", (torch.nn.Linear,), {"forward": lambda self, x: torch.zeros(len(x), 100)})(1, 1)
-    flat = Trained(model, trained.recipe, CLASSES, SUPERCLASSES, (), Path("flat.pth"), {})
+    flat = LoadedModel(model, trained.recipe, CLASSES, SUPERCLASSES, (), Path("flat.pth"), {})
     [(labels, _)] = predict.classify(flat, np.zeros((1, 32, 32, 3), np.uint8), 5, "fp32")
     assert labels.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_spoilt_weights_are_an_error(trained: Trained) -> None:
+def test_spoilt_weights_are_an_error(trained: LoadedModel) -> None:
     model = type("Nan", (torch.nn.Linear,), {"forward": lambda self, x: torch.full((len(x), 100), torch.nan)})
-    spoilt = Trained(model(1, 1), trained.recipe, CLASSES, SUPERCLASSES, (), Path("x.pth"), {})
+    spoilt = LoadedModel(model(1, 1), trained.recipe, CLASSES, SUPERCLASSES, (), Path("x.pth"), {})
     with pytest.raises(RunError, match=r"x\.pth gives NaN"):
         list(predict.classify(spoilt, np.zeros((1, 32, 32, 3), np.uint8), 5, "fp32"))
 
@@ -204,7 +204,7 @@ def test_weights_default_to_the_best_run(
 
 
 def test_files_are_looked_for_and_read_a_batch_at_a_time(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch
+    trained: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_for, read = 0, []
 

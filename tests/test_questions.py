@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, WITHOUT_TORCH
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import cli
-from cli import MAX_ATTEMPTS, as_answer, ask, ask_yes_no, number, whole_number
-from errors import UsageError
+from conftest import REPOSITORY, WITHOUT_TORCH
+from core import cli
+from core.cli import MAX_ATTEMPTS, as_answer, ask, ask_yes_no, number, whole_number
+from core.errors import UsageError
 
 pexpect = pytest.importorskip("pexpect", reason="drives a pseudo-terminal") if os.name == "posix" else None
 ON_A_TERMINAL = pytest.mark.skipif(pexpect is None, reason="no pseudo-terminals here")
@@ -24,7 +24,7 @@ RATE = as_answer(number(1e-8, 100), "The learning rate")
 # Three questions as train.py asks them, and what they came to.
 QUESTIONS = """
 import sys
-from cli import as_answer, ask, ask_yes_no, number, run_main, whole_number
+from core.cli import as_answer, ask, ask_yes_no, number, run_main, whole_number
 def main():
     finder = ask_yes_no("Do you want to run LR Finder? (y/n, default: y): ")
     rate = ask("Rate (default 1.00e-01): ", 0.1, as_answer(number(1e-8, 100), "The rate"), shown="1.00e-01")

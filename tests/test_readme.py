@@ -12,8 +12,8 @@ import benchmark_setting
 import evaluate
 import experiments
 import export
-import flags
 import predict
+from training import flags
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text("utf-8")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
 import evaluate
-from checkpoint import load_checkpoint
+from conftest import REPOSITORY
 from model import build_model
-from recipe import Recipe
-from trained import CARRIED_WEIGHTS, load_trained
+from training.checkpoint import load_checkpoint
+from training.recipe import Recipe
+from training.trained import CARRIED_WEIGHTS, load_model
 
 FOLDER = REPOSITORY / "docs" / "reference_run"
 TABLE = ("epoch", "learning_rate", "train_loss", "train_acc_percent", "test_loss", "test_acc_percent")
@@ -71,5 +71,5 @@ def test_the_hub_gives_the_carried_weights() -> None:
     network = torch.hub.load(str(REPOSITORY), "resnet56", source="local", pretrained=True)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        torch.testing.assert_close(network(images), load_trained(CARRIED_WEIGHTS).model(images))
+        torch.testing.assert_close(network(images), load_model(CARRIED_WEIGHTS).model(images))
     assert len(network.classes) == 100 and not network.training

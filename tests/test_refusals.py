@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
-from stand_ins import QUICK, load
 from torch import nn
 
 import dialogue
 import train as train_module
-from cli import run_main
-from flags import build_parser
+from conftest import REPOSITORY
+from core.cli import run_main
+from helpers.stand_ins import QUICK, load
 from train import main
+from training.flags import build_parser
 
 WRONG = [
     ["--epochs", "0"],
@@ -104,7 +104,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_data_is_touch
 def test_a_diverging_run_stops_with_its_epoch_batch_and_rate_and_keeps_what_was_saved(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from recipe import Recipe
+    from training.recipe import Recipe
 
     class Diverges(nn.CrossEntropyLoss):
         calls = 0

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import train
 from conftest import REPOSITORY
-from stand_ins import (
+from helpers.stand_ins import (
     EPOCH_LINE,
     EPOCHS,
     FINDER,
@@ -27,12 +29,10 @@ from stand_ins import (
     stand_in_images,
     stand_in_network,
 )
-
-import train
-from engine import evaluate
 from model import BasicBlock, count_parameters
-from recipe import Recipe
 from train import main
+from training.engine import evaluate
+from training.recipe import Recipe
 from utils import make_test_batches
 
 # ---- one whole run, looked at from all sides ----

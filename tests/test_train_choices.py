@@ -6,15 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stand_ins import EPOCH_LINE, QUICK, TEST_IMAGES, columns, load, stand_in_images, stand_in_network, taken
 from torch import nn
 
 import dialogue
-import run as run_module
 import train as train_module
-from engine import evaluate
+from helpers.stand_ins import (
+    EPOCH_LINE,
+    QUICK,
+    TEST_IMAGES,
+    columns,
+    load,
+    stand_in_images,
+    stand_in_network,
+    taken,
+)
 from model import BasicBlock
 from train import main
+from training import run as run_module
+from training.engine import evaluate
 from utils import make_test_batches
 
 

@@ -1,0 +1,1 @@
+"""The images: fetching, verifying, reading and augmenting CIFAR-100, and a synthetic stand-in."""

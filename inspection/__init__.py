@@ -1,0 +1,1 @@
+"""Looking at data and networks: metrics, logits, curves, evaluation figures, the report, EDA."""

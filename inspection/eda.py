@@ -1,0 +1,308 @@
+"""What the data's notebook computes: statistics, outliers, duplicates, look-alikes, augmented examples.
+
+NumPy arrays in and out, nothing is drawn or written. Images are uint8 [N, 32, 32, 3], RGB; levels are 0-255.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cifar.augment import AUGMENTATIONS, OPERATIONS, train_transform
+from cifar.dataset import NUM_CLASSES, DatasetUnavailable, ImageData, balanced_subset, load_dataset
+from cifar.fast_transforms import A, Pipeline
+from core.errors import UsageError
+
+POOLED = 16  # pixels a side of the images that are compared
+COMPONENTS = 256  # of the 16 * 16 * 3 = 768 that these images have
+Progress = Callable[[int], Iterable[int]]  # counts like `range`, and may show how far it is
+
+
+def load_images(name: str, data_dir: str | Path, count: int | None = None) -> ImageData:
+    """The data set `name`, or the synthetic one (its `name` says so) where CIFAR-100 cannot be had.
+
+    Args:
+        count: training images to keep, class-balanced, with a fifth as many test images; None: all.
+
+    Raises:
+        UsageError: unknown name, or a count that is too small to have every class or above what there is.
+        RunError: the files in `data_dir` are damaged.
+    """
+    try:
+        data = load_dataset(name, data_dir)
+    except DatasetUnavailable:
+        data = load_dataset("synthetic", data_dir)
+    if count is None:
+        return data
+    if count < 5 * NUM_CLASSES:
+        raise UsageError(f"{count} images are too few: give {5 * NUM_CLASSES} or more")
+    test = balanced_subset(data.test, min(count // 5, len(data.test)), seed=0)
+    return replace(data, train=balanced_subset(data.train, count, seed=0), test=test)
+
+
+def level_histogram(images: np.ndarray) -> np.ndarray:
+    """How many pixels have each level, by channel: int64 [3, 256]."""
+    return np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
+
+
+def channel_statistics(
+    histogram: np.ndarray, values: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float64 [3] each, exactly, from `level_histogram`.
+
+    Args:
+        values: [3, 256] what each level stands for; None: level / 255.
+    """
+    values = np.arange(256) / 255 if values is None else values
+    pixels = histogram.sum(axis=1)
+    mean = (histogram * values).sum(axis=1) / pixels
+    variance = (histogram * (values - mean[:, None]) ** 2).sum(axis=1) / pixels
+    return mean, np.sqrt(variance)
+
+
+def mean_images(images: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
+    """The mean of the images of each group 0..count-1: float64 [count, 32, 32, 3], in levels.
+
+    Raises:
+        ValueError: a group has no image.
+    """
+    sizes = np.bincount(groups, minlength=count)
+    if len(sizes) != count or (sizes == 0).any():
+        raise ValueError(f"{count} groups are needed, each with an image; their sizes are {sizes.tolist()}")
+    # uint64 sums are exact, and a group at a time needs no float copy of all images
+    sums = np.stack([images[groups == group].sum(axis=0, dtype=np.uint64) for group in range(count)])
+    return sums / sizes[:, None, None, None]
+
+
+class ImageStatistics(NamedTuple):
+    """Per image, float32 [N] each, in levels.
+
+    `brightness` is the mean of all pixels, `contrast` the standard deviation of the pixels' brightness, and
+    `colour` the mean difference between a pixel's largest and smallest channel (0: a grey image).
+    """
+
+    brightness: np.ndarray
+    contrast: np.ndarray
+    colour: np.ndarray
+
+
+def image_statistics(images: np.ndarray, block: int = 2000) -> ImageStatistics:
+    """Brightness, contrast and colour of every image; `block` images at a time bound the memory."""
+    parts = []
+    for start in range(0, len(images), block):
+        part = images[start : start + block]
+        grey = part.mean(axis=3, dtype=np.float32)
+        # subtracting uint8 from a larger uint8 cannot wrap around
+        colour = (part.max(axis=3) - part.min(axis=3)).mean(axis=(1, 2), dtype=np.float32)
+        parts.append((grey.mean(axis=(1, 2)), grey.std(axis=(1, 2)), colour))
+    return ImageStatistics(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def extremes(statistics: ImageStatistics, count: int) -> dict[str, np.ndarray]:
+    """The `count` images farthest out in each direction, farthest first: name to int64 [count]."""
+    brightness, contrast, colour = statistics
+    orders = {"darkest": brightness, "brightest": -brightness, "least contrast": contrast,
+              "most contrast": -contrast, "most colourful": -colour}  # fmt: skip
+    return {name: np.argsort(key, kind="stable")[:count] for name, key in orders.items()}
+
+
+def identical(queries: np.ndarray, gallery: np.ndarray | None = None) -> np.ndarray:
+    """For each query the first gallery image with exactly its bytes, or -1: int64 [N].
+
+    Without a gallery, each image is looked for among those before it: every copy but the first is found.
+    """
+    seen: dict[bytes, int] = {}
+    if gallery is not None:
+        for index, image in enumerate(gallery):
+            seen.setdefault(image.tobytes(), index)
+        return np.array([seen.get(image.tobytes(), -1) for image in queries], dtype=np.int64)
+    found = [seen.setdefault(image.tobytes(), index) for index, image in enumerate(queries)]
+    return np.where(np.array(found) < np.arange(len(found)), found, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """Unit vectors whose dot product says how alike two images are in what is unusual about them.
+
+    Images are shrunk to 16x16; each channel's mean and the image's contrast are removed, so that a change of
+    colour or exposure counts little. The principal components over the training images then get equal weight:
+    plain correlation takes any two seas, or plates on white, for the same, since a few broad patterns (light
+    above dark, an object in the middle) have most of the variance; whitened, these are a few of 256 numbers.
+    """
+
+    mean: np.ndarray  # float32 [768]
+    projection: np.ndarray  # float32 [768, K]
+
+    @classmethod
+    def fit(cls, images: np.ndarray, components: int = COMPONENTS) -> "Whitening":
+        """Learn the components from `images`, at least two of which differ; fewer where they have fewer."""
+        vectors = _pooled(images)
+        mean = vectors.mean(axis=0)
+        centred = vectors - mean
+        values, directions = np.linalg.eigh((centred.T @ centred).astype(np.float64) / len(images))
+        values, directions = values[::-1][:components], directions[:, ::-1][:, :components]
+        kept = values > 1e-6 * values[0]
+        return cls(mean, (directions[:, kept] / np.sqrt(values[kept])).astype(np.float32))
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """float32 [N, K], each of length 1 (0 for an image that is the mean itself)."""
+        vectors = (_pooled(images) - self.mean) @ self.projection
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _pooled(images: np.ndarray, block: int = 2000) -> np.ndarray:
+    """Images as 16x16 vectors without mean and contrast: float32 [N, 768], of length 1 (0 if uniform)."""
+    vectors = np.empty((len(images), POOLED * POOLED * 3), dtype=np.float32)
+    side = images.shape[1] // POOLED
+    for start in range(0, len(images), block):
+        part = images[start : start + block]
+        pools = part.reshape(-1, POOLED, side, POOLED, side, 3).mean(axis=(2, 4), dtype=np.float32)
+        flat = (pools - pools.mean(axis=(1, 2), keepdims=True)).reshape(len(part), -1)
+        vectors[start : start + block] = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+    return vectors
+
+
+def nearest(
+    queries: np.ndarray, gallery: np.ndarray | None = None, *, block: int = 500, progress: Progress = range
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar gallery vector of each query: similarity float32 [N] (-1 to 1), index int64 [N].
+
+    Args:
+        queries, gallery: float32 [N, K] and [M, K] of length 1, as a `Whitening` gives. Without a gallery,
+            queries are compared among themselves, each with all others.
+        block: queries at a time; 500 against 50,000 take 100 MB.
+        progress: called with the number of blocks, counts them.
+    """
+    others = queries if gallery is None else gallery
+    similarity = np.empty(len(queries), dtype=np.float32)
+    index = np.empty(len(queries), dtype=np.int64)
+    for number in progress(-(-len(queries) // block)):
+        rows = np.arange(number * block, min((number + 1) * block, len(queries)))
+        products = queries[rows] @ others.T
+        if gallery is None:
+            products[np.arange(len(rows)), rows] = -np.inf  # itself
+        index[rows] = products.argmax(axis=1)
+        similarity[rows] = products[np.arange(len(rows)), index[rows]]
+    return similarity, index
+
+
+def agreement_by_band(
+    similarity: np.ndarray, agrees: np.ndarray, edges: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs in each band of similarity (int64 [B]) and the percentage with equal labels (NaN where none).
+
+    Args:
+        agrees: bool [N]. edges: [B + 1] increasing; a band holds its lower edge, the last one also its upper.
+    """
+    counts, _ = np.histogram(similarity, bins=edges)
+    equal, _ = np.histogram(similarity[agrees], bins=edges)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+        return counts, 100 * equal / counts
+
+
+def spread_over(similarity: np.ndarray, low: float, high: float, count: int) -> np.ndarray:
+    """At most `count` pairs with low <= similarity < high, evenly spread by rank, most similar first."""
+    order = np.argsort(-similarity, kind="stable")
+    inside = order[(similarity[order] >= low) & (similarity[order] < high)]
+    if len(inside) <= count:
+        return inside
+    return inside[np.linspace(0, len(inside) - 1, count).round().astype(np.int64)]
+
+
+def stack_pairs(upper: np.ndarray, lower: np.ndarray, count: int) -> np.ndarray:
+    """Images above their partners, filled up with white to `count`: uint8 [count, 2 * H + 2, W, 3]."""
+    size, height, width = upper.shape[:3]
+    stacked = np.full((count, 2 * height + 2, width, 3), 255, dtype=np.uint8)
+    stacked[:size, :height], stacked[:size, height + 2 :] = upper, lower
+    return stacked
+
+
+class AlikePair(NamedTuple):
+    """Two classes, the lower label first, and the distance of their mean images in levels."""
+
+    first: int
+    second: int
+    distance: float
+
+
+def class_distances(means: np.ndarray) -> np.ndarray:
+    """Root mean square difference of every two mean images: float64 [K, K], in levels, infinite to itself."""
+    flat = means.reshape(len(means), -1)
+    squares = ((flat[:, None] - flat[None]) ** 2).mean(axis=2)
+    np.fill_diagonal(squares, np.inf)
+    return np.sqrt(squares)
+
+
+def most_alike(distances: np.ndarray, count: int) -> list[AlikePair]:
+    """The `count` pairs of classes whose means lie nearest, nearest first."""
+    rows, columns = np.triu_indices(len(distances), k=1)
+    order = np.argsort(distances[rows, columns], kind="stable")[:count]
+    return [AlikePair(int(rows[i]), int(columns[i]), float(distances[rows[i], columns[i]])) for i in order]
+
+
+def nearest_mean(images: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """The class whose mean image lies nearest to each image: int64 [N]; the simplest classifier there is."""
+    flat = means.reshape(len(means), -1)
+    # |x - m|^2 without |x|^2, which is the same for all classes
+    products = images.reshape(len(images), -1).astype(np.float32) @ flat.T.astype(np.float32)
+    return ((flat**2).sum(axis=1) - 2 * products).argmin(axis=1)
+
+
+def augmented(pipeline: Pipeline, images: np.ndarray, seed: int) -> np.ndarray:
+    """Each image augmented by a random stream of its own (`seed` + its number): uint8, shaped as `images`."""
+    results = []
+    for number, image in enumerate(images):
+        pipeline.set_random_seed(seed + number)
+        results.append(pipeline.augment(image))
+    return np.stack(results)
+
+
+def single_transforms() -> dict[str, Pipeline]:
+    """The transforms of the simple pipelines, each alone and always applied; last the reference's together.
+
+    Pad and RandomCrop stay a pair: only together do they give 32x32 pixels back.
+    """
+    flip, affine, dropout, jitter = train_transform("reference").transforms
+    pad, crop, *_ = train_transform("standard").transforms
+    noise = train_transform("noise").transforms[-1]
+    parts = [[flip], [affine], [dropout], [jitter], [pad, crop], [noise]]
+    parts.append(list(train_transform("reference").transforms))
+    for part in parts:
+        for transform in part:
+            transform.p = 1.0
+    names = [" + ".join(type(transform).__name__ for transform in part) for part in parts[:-1]]
+    return {
+        name: Pipeline(part) for name, part in zip([*names, "the first four together"], parts, strict=True)
+    }
+
+
+def policy_operations() -> dict[str, Pipeline]:
+    """The 14 operations of RandAugment and TrivialAugment, each alone, at RandAugment's full strength."""
+    steps = train_transform("randaugment:1,30").transforms
+    policy = next(step for step in steps if isinstance(step, A.BaseCompose))
+    return {name: Pipeline([part]) for name, part in zip(OPERATIONS, policy.transforms, strict=True)}
+
+
+def named_pipelines() -> dict[str, Pipeline]:
+    """Every pipeline that `--augment` knows by name."""
+    return {name: train_transform(name) for name in AUGMENTATIONS}
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; columns whose cells are all numbers, or text of one, are aligned right."""
+
+    def is_number(cell: object) -> bool:
+        if cell == "":
+            return True
+        try:
+            float(str(cell).replace(",", "").removesuffix(" %"))
+        except ValueError:
+            return False
+        return True
+
+    numeric = [bool(rows) and all(is_number(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rule = ["--:" if right else ":--" for right in numeric] or [":--"] * len(header)
+    lines = [header, rule, *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,178 @@
+"""The choice of device, precision and compilation, and the seeding of torch."""
+
+import builtins
+import io
+import platform
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from core import machine as device
+from core.errors import UsageError
+from core.machine import (
+    choose_compile,
+    choose_device,
+    device_name,
+    native_bf16,
+    precision_name,
+    set_up_torch,
+)
+
+REPOSITORY = Path(device.__file__).resolve().parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> "Machine":
+    return Machine(monkeypatch)
+
+
+class Machine:
+    """Makes torch see so many CUDA devices, and MPS or none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    def __call__(self, cuda: int = 0, mps: bool = False, local_rank: int = 0) -> None:
+        self.monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        self.monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        self.monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        self.monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+
+def test_auto_takes_cuda_then_mps_then_the_cpu(machine: Machine) -> None:
+    machine()
+    assert choose_device("auto") == CPU
+    machine(mps=True)
+    assert choose_device("auto") == torch.device("mps")
+    machine(cuda=2, mps=True)
+    assert choose_device("auto") == torch.device("cuda", 0)
+    assert choose_device("cpu") == CPU
+    assert choose_device("mps") == torch.device("mps")
+
+
+def test_each_process_takes_a_cuda_device_of_its_own(machine: Machine) -> None:
+    machine(cuda=2, local_rank=1)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+    machine(cuda=2, local_rank=2)
+    with pytest.raises(UsageError, match=r"sees 2 CUDA devices, and this is process 3; pass --device cpu"):
+        choose_device("auto")
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_a_usage_error(machine: Machine, name: str) -> None:
+    machine()
+    with pytest.raises(UsageError, match=f"--device {name}: torch sees .*pass --device cpu") as caught:
+        choose_device(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "native"),
+    [
+        ("processor: 0\nflags\t\t: fpu sse avx2 avx512f\n", False),
+        ("processor: 0\nflags\t\t: fpu avx512f avx512_bf16 avx2\n", True),
+        ("flags : fpu amx_bf16\n", True),
+        ("Features\t: fp asimd bf16 sve\n", True),
+        ("Features\t: fp asimd\n", False),
+        ("model name: bf16\n", False),
+        (None, False),
+    ],
+)
+def test_bf16_is_native_where_the_processor_says_so(
+    monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, native: bool
+) -> None:
+    def fake_open(path: str, *_: object, **__: object) -> io.StringIO:
+        assert path == "/proc/cpuinfo"
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(cpuinfo)
+
+    monkeypatch.setattr(builtins, "open", fake_open)
+    result = native_bf16(CPU)
+    monkeypatch.undo()
+    assert result is native
+
+
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bf16_on_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], native: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert native_bf16(torch.device("cuda", 0)) is native
+    assert native_bf16(torch.device("mps")) is False
+
+
+def test_names_for_people_tell_tf32_from_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert [device_name(where) for where in (gpu, CPU, torch.device("mps"))] == ["GPU 0", "cpu", "mps"]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for capability, expected in (((7, 5), "fp32"), ((8, 0), "fp32 (TF32)"), ((9, 0), "fp32 (TF32)")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert precision_name("fp32", gpu) == expected
+        assert precision_name("bf16", gpu) == "bf16"
+        assert precision_name("fp32", CPU) == precision_name("fp32", torch.device("mps")) == "fp32"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert precision_name("fp32", gpu) == "fp32"
+
+
+def test_the_network_is_compiled_where_a_run_is_long_enough_to_gain() -> None:
+    cuda = torch.device("cuda", 0)
+    assert choose_compile("on", CPU, "fp32", 1, None) == (True, "--compile on")
+    assert choose_compile("off", cuda, "bf16", 10**9, True) == (False, "--compile off")
+    assert choose_compile("auto", CPU, "fp32", 10**9, None)[0] is False
+    assert choose_compile("auto", cuda, "bf16", 10**9, None)[0] is True
+    compiles, why = choose_compile("auto", cuda, "bf16", 256, None)
+    assert not compiles and "256 images" in why
+    # a resumed run goes on as it began
+    for stored in (True, False):
+        assert choose_compile("auto", cuda, "bf16", 256, stored)[0] is stored
+        assert choose_compile("auto", CPU, "fp32", 10**9, stored)[0] is stored
+
+
+def test_one_seed_seeds_every_generator() -> None:
+    def draw(seed: int) -> tuple[float, float, float]:
+        set_up_torch(seed, CPU, deterministic=False)
+        return random.random(), float(np.random.random()), torch.rand(1).item()
+
+    assert draw(5) == draw(5)
+    assert all(a != b for a, b in zip(draw(5), draw(6), strict=True))
+
+
+FAULTS = """
+import resource, sys, torch, device
+if sys.argv[1] == "keep":
+    assert device.keep_freed_memory()
+for step in range(30):
+    if step == 20:  # the heap has its size by then
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(48 << 20, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is meant")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        return int(done.stdout)
+
+    assert faults("keep") < 100 < 1000 < faults("as it is")  # 10 times 48 MiB are 122,880 pages
+
+
+def test_determinism_is_switched_on_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "kept")
+    try:
+        set_up_torch(0, CPU, deterministic=False)
+        assert not torch.are_deterministic_algorithms_enabled()
+        set_up_torch(0, CPU, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert device.os.environ["CUBLAS_WORKSPACE_CONFIG"] == "kept"
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,50 @@
+"""A small network, its batches and its training steps, for tests of the batch loops."""
+
+import torch
+from torch import nn
+
+from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD
+from training.engine import Metrics, Sums, TrainStep, train_one_epoch
+from training.recipe import Recipe
+
+CLASSES = 10
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def small_net(device: str = "cpu") -> nn.Module:
+    """A stand-in for a ResNet: convolution, BatchNorm, linear; its weights are always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+        model = nn.Sequential(*layers, nn.Linear(8 * 8 * 8, CLASSES))
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def batches_of(*sizes: int) -> list[Batch]:
+    """Random training batches of these sizes: uint8 [B, 32, 32, 3] and int64 [B]."""
+    draws = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, generator=draws),
+            torch.randint(0, CLASSES, (size,), generator=draws),
+        )
+        for size in sizes
+    ]
+
+
+def plainly_normalized(images: torch.Tensor) -> torch.Tensor:
+    scaled = (images.double() / 255 - torch.tensor(CIFAR100_MEAN)) / torch.tensor(CIFAR100_STD)
+    return scaled.permute(0, 3, 1, 2).float()
+
+
+def make_step(model: nn.Module, recipe: Recipe | None = None, **options: object) -> TrainStep:
+    """A step whose learning rate drops after its second batch: `Recipe.milestones` of one-batch epochs."""
+    recipe = recipe or Recipe(lr=0.01, milestones=(2,))
+    optimizer = recipe.build_optimizer(model)
+    scheduler = recipe.build_scheduler(optimizer, 1)
+    return TrainStep(model, recipe.build_criterion(), optimizer, scheduler, **options)
+
+
+def train(step: TrainStep, batches: list[Batch], **options: object) -> Metrics:
+    sums = options.pop("sums", None) or Sums(step.device)
+    return train_one_epoch(step, batches, sums, batches=len(batches), **options)

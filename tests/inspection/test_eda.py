@@ -1,0 +1,282 @@
+"""What the notebook computes: exact statistics, planted outliers and duplicates, augmented examples."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import albumentations as A
+import numpy as np
+import pytest
+
+from cifar.augment import AUGMENTATIONS, OPERATIONS, train_transform
+from cifar.dataset import DatasetUnavailable, ImageData, Split
+from core.errors import UsageError
+from inspection import eda
+
+
+def noise(count: int, seed: int = 0) -> np.ndarray:
+    """uint8 [count, 32, 32, 3]: blocks of 4x4 pixels of random colour, which shrinking to 16x16 keeps."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return coarse.repeat(4, axis=1).repeat(4, axis=2)
+
+
+# The images
+
+
+def small_data(name: str) -> ImageData:
+    labels = np.tile(np.arange(100, dtype=np.int64), 8)
+    split = Split(np.zeros((800, 32, 32, 3), np.uint8), labels)
+    names = tuple(str(label) for label in range(100))
+    return ImageData(name, split, split, names, names[:20], np.arange(100) // 5)
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFAR-100 cannot be had; the synthetic set is a small one."""
+
+    def load(name: str, _data_dir: object) -> ImageData:
+        if name == "cifar100":
+            raise DatasetUnavailable("no source", [])
+        return small_data(name)
+
+    monkeypatch.setattr(eda, "load_dataset", load)
+
+
+def test_synthetic_images_stand_in_and_say_so(absent: None) -> None:
+    data = eda.load_images("cifar100", "nowhere")
+    assert data.name == "synthetic"
+    assert len(data.train) == len(data.test) == 800
+
+
+def test_a_part_of_the_data_is_balanced_and_a_fifth_of_it_is_tested(absent: None) -> None:
+    data = eda.load_images("cifar100", "nowhere", 500)
+    assert np.bincount(data.train.labels).tolist() == [5] * 100
+    assert np.bincount(data.test.labels).tolist() == [1] * 100
+
+
+@pytest.mark.parametrize("count", [0, 499, 801])
+def test_a_part_without_every_class_or_above_the_whole_is_refused(absent: None, count: int) -> None:
+    with pytest.raises(UsageError):
+        eda.load_images("synthetic", "nowhere", count)
+
+
+# Statistics
+
+
+def test_channel_statistics_are_those_of_the_pixels() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
+    images[..., 1] //= 2  # so that swapped channels show
+    histogram = eda.level_histogram(images)
+    assert histogram.shape == (3, 256) and (histogram.sum(axis=1) == 7 * 32 * 32).all()
+    mean, std = eda.channel_statistics(histogram)
+    np.testing.assert_allclose(mean, (images / 255).mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std, (images / 255).std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+def test_channel_statistics_of_other_values() -> None:
+    histogram = np.zeros((3, 256), dtype=np.int64)
+    histogram[:, [0, 255]] = 1
+    values = np.stack([np.arange(256) / 255 * scale for scale in (2, 4, 6)])
+    mean, std = eda.channel_statistics(histogram, values)
+    assert mean.tolist() == std.tolist() == [1, 2, 3]
+
+
+def test_mean_images_are_per_group() -> None:
+    images = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (10, 255, 20, 254)])
+    means = eda.mean_images(images, np.array([1, 0, 1, 0]), 2)
+    assert means[0].min() == means[0].max() == 254.5
+    assert means[1].min() == means[1].max() == 15
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 0, 0], [0, 1, 2, 1]])
+def test_mean_images_refuse_an_empty_or_surplus_group(groups: list[int]) -> None:
+    with pytest.raises(ValueError, match="2 groups"):
+        eda.mean_images(noise(4), np.array(groups), 2)
+
+
+def test_image_statistics_of_known_images() -> None:
+    grey, red, split = np.full((3, 32, 32, 3), 0, np.uint8)
+    grey[...] = 100
+    red[..., 0] = 240
+    split[:16] = 200
+    found = eda.image_statistics(np.stack([grey, red, split]), block=2)
+    np.testing.assert_allclose(found.brightness, [100, 80, 100])
+    np.testing.assert_allclose(found.contrast, [0, 0, 100])
+    np.testing.assert_allclose(found.colour, [0, 240, 0])
+
+
+def test_extremes_are_the_farthest_first() -> None:
+    values = np.array([3.0, 1.0, 2.0])
+    found = eda.extremes(eda.ImageStatistics(values, values * 0, values), 2)
+    assert found["darkest"].tolist() == [1, 2]
+    assert found["brightest"].tolist() == found["most colourful"].tolist() == [0, 2]
+
+
+# Duplicates
+
+
+def test_identical_images_are_found_and_one_level_more_is_another_image() -> None:
+    gallery = noise(5)
+    queries = gallery[[3, 1, 4]].copy()
+    queries[1, 0, 0, 0] ^= 1
+    assert eda.identical(queries, gallery).tolist() == [3, -1, 4]
+
+
+def test_identical_images_within_a_set_point_to_the_first() -> None:
+    images = noise(4)[[0, 1, 0, 2, 1, 0]]
+    assert eda.identical(images).tolist() == [-1, -1, 0, -1, 1, 0]
+
+
+CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "nothing": lambda images: images,
+    "darker": lambda images: (images * 0.6).astype(np.uint8),
+    "a colour cast": lambda images: (images * 0.6 + [60, 0, 30]).astype(np.uint8),
+    "noise": lambda images: np.clip(
+        images + np.random.default_rng(1).normal(0, 8, images.shape), 0, 255
+    ).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_planted_near_duplicates_are_found(change: str) -> None:
+    train, unrelated = noise(400), noise(20, seed=9)
+    queries = np.concatenate([CHANGES[change](train[50:60]), unrelated])
+    whiten = eda.Whitening.fit(train, components=64)
+    similarity, index = eda.nearest(whiten(queries), whiten(train), block=7)
+    assert index[:10].tolist() == list(range(50, 60))
+    assert similarity[:10].min() > 0.8 and similarity[10:].max() < 0.6
+
+
+def test_whitening_tells_images_apart_that_share_a_strong_pattern() -> None:
+    """Light above dark, as in any landscape: plain correlation is nearly 1, and means nothing."""
+    images = (noise(400) // 8).astype(np.int64)
+    images[:, :16] += 200
+    images = images.astype(np.uint8)
+    pooled = eda._pooled(images[:2])
+    assert pooled[0] @ pooled[1] > 0.95
+    whiten = eda.Whitening.fit(images, components=64)
+    similarity, _ = eda.nearest(whiten(images))
+    assert similarity.max() < 0.7
+
+
+def test_vectors_have_length_one_and_a_uniform_image_is_no_error() -> None:
+    images = noise(30)
+    images[0] = 7
+    vectors = eda.Whitening.fit(images)(images)
+    assert vectors.dtype == np.float32 and np.isfinite(vectors).all()
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_nearest_among_themselves_leaves_the_image_itself_out(block: int) -> None:
+    vectors = np.eye(5, dtype=np.float32)[[0, 1, 0, 2]]
+    blocks = []
+
+    def progress(count: int) -> range:
+        blocks.append(count)
+        return range(count)
+
+    similarity, index = eda.nearest(vectors, block=block, progress=progress)
+    assert index[[0, 2]].tolist() == [2, 0]
+    assert similarity.tolist() == [1, 0, 1, 0]
+    assert blocks == [-(-4 // block)]
+
+
+def test_agreement_by_band() -> None:
+    similarity, agrees = np.array([0.1, 0.5, 0.6, 1.0]), np.array([True, True, False, False])
+    counts, share = eda.agreement_by_band(similarity, agrees, np.array([0, 0.5, 0.75, 0.9, 1.0]))
+    assert counts.tolist() == [1, 2, 0, 1]
+    np.testing.assert_array_equal(share, [100, 50, np.nan, 0])
+
+
+def test_spread_over_a_band_runs_from_its_top_to_its_end() -> None:
+    similarity = np.array([0.9, 0.1, 0.5, 0.7, 0.6, 0.8])
+    assert eda.spread_over(similarity, 0.5, 0.9, 10).tolist() == [5, 3, 4, 2]
+    assert eda.spread_over(similarity, 0.5, 0.9, 2).tolist() == [5, 2]
+    assert eda.spread_over(similarity, 0.95, 1.0, 2).tolist() == []
+
+
+def test_pairs_are_stacked_and_filled_up_with_white() -> None:
+    upper, lower = noise(2), noise(2, seed=1)
+    pairs = eda.stack_pairs(upper, lower, 3)
+    assert pairs.shape == (3, 66, 32, 3)
+    np.testing.assert_array_equal(pairs[:2, :32], upper)
+    np.testing.assert_array_equal(pairs[:2, 34:], lower)
+    assert (pairs[2] == 255).all() and (pairs[:, 32:34] == 255).all()
+
+
+# Classes that look alike
+
+
+def test_most_alike_means_and_the_nearest_mean() -> None:
+    means = np.stack([np.full((32, 32, 3), level, float) for level in (0, 100, 110, 250)])
+    distances = eda.class_distances(means)
+    assert distances[0, 3] == distances[3, 0] == 250 and np.isinf(np.diag(distances)).all()
+    assert eda.most_alike(distances, 2) == [(1, 2, 10.0), (0, 1, 100.0)]
+    images = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (3, 104, 106, 200)])
+    assert eda.nearest_mean(images, means).tolist() == [0, 1, 2, 3]
+
+
+# Augmented examples
+
+
+def test_an_image_is_augmented_by_its_number_alone() -> None:
+    images, pipeline = noise(3), train_transform("reference")
+    first = eda.augmented(pipeline, images, seed=5)
+    assert first.dtype == np.uint8 and first.shape == images.shape
+    np.testing.assert_array_equal(first, eda.augmented(pipeline, images, seed=5))
+    np.testing.assert_array_equal(first[1:], eda.augmented(pipeline, images[1:], seed=6))
+    same = eda.augmented(pipeline, np.stack([images[0]] * 8), seed=0)
+    assert len(np.unique(same, axis=0)) > 2
+
+
+def test_single_transforms_are_always_applied() -> None:
+    transforms = eda.single_transforms()
+    assert list(transforms)[:4] == ["HorizontalFlip", "Affine", "CoarseDropout", "ColorJitter"]
+    images = np.maximum(noise(20), 1)
+    results = {name: eda.augmented(pipeline, images, seed=0) for name, pipeline in transforms.items()}
+    for name, result in results.items():
+        assert result.shape == images.shape
+        assert (result != images).any(axis=(1, 2, 3)).all(), name
+    np.testing.assert_array_equal(results["HorizontalFlip"], images[:, :, ::-1])
+    holes = (results["CoarseDropout"] == 0).all(axis=3).sum(axis=(1, 2))
+    assert (holes == 16 * 16).all()
+
+
+def test_single_transforms_leave_the_named_pipelines_as_they_are() -> None:
+    eda.single_transforms()
+    assert [transform.p for transform in train_transform("reference").transforms] == [0.5] * 4
+
+
+def test_policy_operations_do_what_they_are_called() -> None:
+    operations = eda.policy_operations()
+    assert tuple(operations) == OPERATIONS
+    images = noise(4)
+    done = {name: eda.augmented(pipeline, images, seed=0) for name, pipeline in operations.items()}
+    np.testing.assert_array_equal(done["Identity"], images)
+    assert (done["Posterize"] % 16 == 0).all()  # 4 of 8 bits are left
+    np.testing.assert_array_equal(done["Solarize"], 255 - images)
+    assert (done["TranslateX"] != images).any() and (done["Rotate"] != images).any()
+
+
+def test_named_pipelines_are_all_of_them() -> None:
+    assert list(eda.named_pipelines()) == list(AUGMENTATIONS)
+    assert all(isinstance(pipeline, A.Compose) for pipeline in eda.named_pipelines().values())
+
+
+# Text
+
+
+def test_markdown_table_aligns_numbers_right() -> None:
+    table = eda.markdown_table(("name", "count", "share"), [("a", "1,000", "2.5 %"), ("b", 3, "")])
+    lines = table.splitlines()
+    assert lines[0] == "| name | count | share |"
+    assert lines[1] == "| :-- | --: | --: |"
+    assert lines[2:] == ["| a | 1,000 | 2.5 % |", "| b | 3 |  |"]
+
+
+@pytest.mark.real_data
+def test_constants_are_those_of_the_real_images_to_three_decimals(real_data_dir: Path) -> None:
+    data = eda.load_images("cifar100", real_data_dir)
+    mean, std = eda.channel_statistics(eda.level_histogram(data.train.images))
+    assert mean.round(4).tolist() == [0.5071, 0.4865, 0.4409]
+    assert std.round(4).tolist() == [0.2673, 0.2564, 0.2762]

@@ -1,0 +1,163 @@
+"""The notebook's pictures: pixels where they belong, captions that never touch, the same bytes again."""
+
+import io
+from collections.abc import Callable
+from itertools import combinations
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+from inspection import eda_plots
+from inspection.style import png_bytes
+
+LONG = "large_omnivores_and_herbivores"
+
+
+def random_tiles(rows: int, columns: int, height: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (rows, columns, height, 32, 3), dtype=np.uint8)
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+    """The rendered figure: uint8 [H, W, 3]."""
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+
+def boxes_of(figure: Figure) -> list[Bbox]:
+    """The extents of the texts that the figure itself holds, in pixels."""
+    figure.canvas.draw()
+    return [text.get_window_extent() for text in figure.texts if text.get_text()]
+
+
+BANDS = np.linspace(0.2, 1.0, 5)
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "tiles": lambda: eda_plots.tile_figure(random_tiles(2, 3), "t", captions=[["a", "b", "c"]] * 2),
+    "histogram": lambda: eda_plots.histogram_figure(np.ones((3, 256)), np.array([0.5, 0.4, 0.3]), "t"),
+    "balance": lambda: eda_plots.balance_figure((np.full(6, 5), np.full(6, 2)), ["a", "b"], [0, 3], "t"),
+    "spread": lambda: eda_plots.spread_figure(np.array([1.0, 9.0]), np.array([0.0, 3.0]), "t"),
+    "similarity": lambda: eda_plots.similarity_figure(
+        BANDS, [[9, 5, 0, 1]] * 2, [[1.0, 5.0, np.nan, 100.0]] * 2, 0.6, "t"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_the_same_input_gives_the_same_png(kind: str) -> None:
+    content = png_bytes(FIGURES[kind]())
+    assert content.startswith(b"\x89PNG")
+    assert content == png_bytes(FIGURES[kind]())
+
+
+def test_a_compact_png_is_smaller_and_the_same_picture() -> None:
+    figure = FIGURES["tiles"]()
+    whole, compact = png_bytes(figure), eda_plots.compact_png(figure)
+    assert len(compact) < len(whole)
+    pictures = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in (whole, compact)]
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_tiles_are_drawn_pixel_by_pixel_in_reading_order() -> None:
+    tiles = random_tiles(2, 3)
+    image = pixels_of(eda_plots.tile_figure(tiles, "title", captions=[["a", "b", "c"]] * 2))
+    scale, gap = eda_plots.SCALE, eda_plots.GAP_PX
+    for row, column in np.ndindex(2, 3):
+        big = tiles[row, column].repeat(scale, axis=0).repeat(scale, axis=1)
+        left = eda_plots.MARGIN_PX + column * (32 * scale + gap)
+        strip = image[:, left : left + 32 * scale]
+        tops = [y for y in range(len(strip) - len(big) + 1) if (strip[y] == big[0]).all()]
+        assert any((strip[y : y + len(big)] == big).all() for y in tops), (row, column)
+
+
+@pytest.mark.parametrize("height", [32, 66])
+def test_no_text_touches_another_or_leaves_the_figure(height: int) -> None:
+    captions = [["aquarium_fish", LONG, "synthetic-polygons-1\n/ synthetic-crescents-5"]] * 2
+    figure = eda_plots.tile_figure(
+        random_tiles(2, 3, height),
+        "A title that is much too long for a figure of three small images and has to be wrapped",
+        captions=captions,
+        columns=["HorizontalFlip", "Pad + RandomCrop", "the first four together"],
+        rows=["most colourful", "0.9 to 1\n1,000 pairs,\n100 % of one label"],
+        groups=[["people"]] * 2,
+    )
+    boxes = boxes_of(figure)
+    assert len(boxes) > 20
+    for first, second in combinations(boxes, 2):
+        assert not Bbox.intersection(first.padded(-0.5), second.padded(-0.5)), (first, second)
+    width, height = figure.bbox.size
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+
+
+@pytest.mark.parametrize("columns", [2, 4, 7, 10])
+def test_a_title_of_any_length_stays_inside(columns: int) -> None:
+    title = "CIFAR-100: the 14 most similar pairs of different labels, test above training " * 2
+    for end in range(20, len(title), 7):
+        figure = eda_plots.tile_figure(random_tiles(1, columns), title[:end])
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes_of(figure))
+
+
+def test_headings_of_groups_fit_above_five_tiles() -> None:
+    names = [["large_man-made_outdoor_things", LONG]]
+    first, second = boxes_of(eda_plots.tile_figure(random_tiles(1, 10), "t", groups=names))[1:]
+    assert first.x1 < second.x0
+
+
+def test_captions_read_without_underscores_and_are_the_given_ones() -> None:
+    figure = eda_plots.tile_figure(random_tiles(1, 2), "t", captions=[["oak_tree", "sea\n/ plain"]])
+    assert [text.get_text() for text in figure.texts] == ["t", "oak tree", "sea", "/ plain"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tiles": random_tiles(1, 2)[0]},
+        {"tiles": random_tiles(1, 2).astype(float)},
+        {"captions": [["one"]]},
+        {"captions": [["a", "b"]] * 2},
+        {"columns": ["a"]},
+        {"rows": ["a", "b"]},
+    ],
+)
+def test_tiles_that_do_not_fit_are_refused(arguments: dict) -> None:
+    with pytest.raises(ValueError):
+        eda_plots.tile_figure(**({"tiles": random_tiles(1, 2), "title": "t"} | arguments))
+
+
+def test_histogram_bars_are_percentages_of_each_channel() -> None:
+    histogram = np.zeros((3, 256))
+    histogram[0, 10], histogram[0, 20] = 3, 1
+    histogram[1:, 0] = 7
+    figure = eda_plots.histogram_figure(histogram, np.array([0.2, 0.4, 0.6]), "t")
+    heights = [axes.patches[0].get_data().values for axes in figure.axes]
+    assert heights[0][10] == 75 and heights[0][20] == 25
+    assert heights[1][0] == heights[2][0] == 100
+    marks = [axes.lines[0].get_xdata()[0] for axes in figure.axes]
+    np.testing.assert_allclose(marks, [51, 102, 153])
+
+
+def test_balance_shows_every_count_and_names_superclasses_at_their_middle() -> None:
+    figure = eda_plots.balance_figure((np.arange(6), np.full(6, 2)), ["a_b", "c"], [0, 4], "t")
+    upper, lower = figure.axes
+    assert [bar.get_height() for bar in upper.patches] == list(range(6))
+    assert [label.get_text() for label in lower.get_xticklabels()] == ["a b", "c"]
+    assert lower.get_xticks().tolist() == [1.5, 4.5]
+
+
+def test_similarity_draws_what_it_is_given() -> None:
+    figure = eda_plots.similarity_figure(
+        BANDS, [[9, 5, 2, 1], [8, 4, 2, 1]], [[1.0, 5.0, 50.0, 100.0], [0.0, 1.0, 2.0, 3.0]], 0.6, "t"
+    )
+    upper, lower = figure.axes
+    assert upper.lines[0].get_ydata().tolist() == [9, 5, 2, 1]
+    assert lower.lines[1].get_ydata().tolist() == [0, 1, 2, 3]
+    assert [line.get_xdata()[0] for line in (upper.lines[2], lower.lines[2])] == [0.6, 0.6]
+    with pytest.raises(ValueError, match="4 bands"):
+        eda_plots.similarity_figure(BANDS, [[1]] * 2, [[1.0]] * 2, 0.6, "t")
+
+
+def test_spread_counts_the_images() -> None:
+    figure = eda_plots.spread_figure(np.array([1.0, 1.0, 250.0]), np.array([0.0, 0.0, 30.0]), "t")
+    counts = figure.axes[0].collections[0].get_array()
+    assert np.nansum(np.ma.filled(counts, np.nan)) == 3

@@ -1,0 +1,94 @@
+"""Logits through the engine's loop, bit by bit; averaging over shifted and mirrored views."""
+
+import pytest
+import torch
+from torch import nn
+
+from core.errors import RunError
+from inspection.inference import VIEWS, averaged_log_probabilities, logits_of, shifted, timed_logits
+from model import build_model
+from training.engine import evaluate
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("resnet20").eval().to(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn((20, 3, 32, 32), generator=generator).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 100, (20,), generator=generator)
+    return list(zip(images.split(8), labels.split(8), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_figures_are_the_engines_and_the_logits_give_them(network, batches, precision: str) -> None:
+    metrics, logits = logits_of(network, batches, precision=precision)
+    assert metrics == evaluate(network, batches, precision=precision)
+    labels = torch.cat([labels for _, labels in batches])
+    assert (logits.shape, logits.dtype) == ((20, 100), torch.float32)
+    assert 100 * int((logits.argmax(1) == labels).sum()) / 20 == metrics.accuracy_percent
+    loss = nn.functional.cross_entropy(logits.double(), labels).item()
+    assert loss == pytest.approx(metrics.loss, rel=1e-6)
+    assert not network._forward_hooks, "the network is left as it was"
+
+
+def test_the_network_is_left_as_it_was_after_an_error(batches) -> None:
+    broken = build_model("resnet20")
+    nn.init.constant_(broken.fc.bias, float("nan"))
+    with pytest.raises(RunError, match="NaN"):
+        logits_of(broken, batches)
+    assert not broken._forward_hooks
+
+
+def test_throughput_counts_every_image(network, batches) -> None:
+    metrics, logits, images_per_s = timed_logits(network, batches)
+    assert metrics.images == len(logits) == 20
+    assert 1 < images_per_s < 1e6
+
+
+def test_a_shift_moves_pixels_and_reflects_at_the_edge() -> None:
+    row = torch.arange(4.0).expand(1, 1, 4, 4)
+    column = row.transpose(2, 3)
+    assert shifted(row, 0, 1)[0, 0, 0].tolist() == [1, 0, 1, 2]
+    assert shifted(row, 0, -1)[0, 0, 0].tolist() == [1, 2, 3, 2]
+    assert shifted(column, 1, 0)[0, 0, :, 0].tolist() == [1, 0, 1, 2]
+    assert shifted(column, -1, 0)[0, 0, :, 0].tolist() == [1, 2, 3, 2]
+    assert torch.equal(shifted(row, 1, 0), row), "no change along the other axis"
+
+
+def test_views_are_ten_different_ones_and_the_first_is_the_image_itself() -> None:
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = [view(image) for view in VIEWS]
+    assert torch.equal(seen[0], image)
+    assert len({view.numpy().tobytes() for view in seen}) == len(VIEWS) == 10
+    assert all(view.shape == image.shape for view in seen)
+
+
+def test_one_view_of_the_image_itself_is_the_plain_answer(network, batches) -> None:
+    _, logits = logits_of(network, batches)
+    averaged = averaged_log_probabilities(network, batches, views=VIEWS[:1])
+    torch.testing.assert_close(averaged, logits.double().log_softmax(1), rtol=0, atol=1e-12)
+
+
+def test_probabilities_are_averaged_not_logits(network, batches) -> None:
+    averaged = averaged_log_probabilities(network, batches, views=VIEWS[4:6])
+    each = []
+    for view in VIEWS[4:6]:
+        _, logits = logits_of(network, [(view(images), labels) for images, labels in batches])
+        each.append(logits.double().softmax(1))
+    torch.testing.assert_close(averaged.exp(), (each[0] + each[1]) / 2, rtol=1e-12, atol=0)
+    assert not torch.allclose(each[0], each[1], rtol=1e-3)
+
+
+def test_an_image_and_its_mirror_image_get_the_same_average(network, batches) -> None:
+    images, labels = batches[0]
+    plain = averaged_log_probabilities(network, [(images, labels)])
+    mirrored = averaged_log_probabilities(network, [(images.flip(3), labels)])
+    torch.testing.assert_close(plain, mirrored, rtol=0, atol=1e-5)
+    _, one = logits_of(network, [(images, labels)])
+    _, other = logits_of(network, [(images.flip(3), labels)])
+    assert not torch.allclose(one, other, rtol=0, atol=1e-2), "of itself the network tells them apart"

@@ -1,0 +1,146 @@
+"""Training under torch.compile: it agrees with eager training, and goes on without a compiler."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import REPOSITORY
+from core.cli import LOG
+from helpers.small_net import batches_of, make_step, small_net, train
+from training import engine
+
+
+@pytest.fixture
+def warnings_logged() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = LOG.level
+    LOG.setLevel(logging.INFO)  # whatever a test before this one left
+    LOG.addHandler(handler)
+    yield lines
+    LOG.removeHandler(handler)
+    LOG.setLevel(level)
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))), None)
+
+
+@pytest.mark.skipif(compiler() is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile of CPU code is fragile on Windows")
+def test_compiled_and_eager_training_agree_and_a_short_batch_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str]
+) -> None:
+    import torch._dynamo
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    batches = batches_of(*[16] * 19, 5)
+    losses = []
+    for compile_model in (False, True):
+        step = make_step(small_net(), compile_model=compile_model)
+        losses.append([step(images, labels)[0].item() / len(labels) for images, labels in batches])
+    assert warnings_logged == [] and step.compiled is not None and step.compiled_size == 16
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no compiler for backward\nsecond line")
+
+
+def fails_in_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def run(images: torch.Tensor) -> torch.Tensor:
+        model(images)  # what it had done by then: BatchNorm's statistics have moved
+        raise RuntimeError("no compiler\nsecond line")
+
+    return run
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_failed_compilation_is_one_warning_and_the_same_training(
+    monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str], where: str
+) -> None:
+    def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        if where == "forward":
+            return fails_in_forward(model)
+        return lambda images: FailsInBackward.apply(model(images))
+
+    monkeypatch.setattr(engine, "compiled", compiled)
+    batches = batches_of(8, 8, 8)
+    eager, fallen_back = small_net(), small_net()
+    metrics = train(make_step(eager), batches)
+    assert train(make_step(fallen_back, compile_model=True), batches) == metrics
+    assert len(warnings_logged) == 1
+    assert "training eagerly: no compiler" in warnings_logged[0] and "\n" not in warnings_logged[0]
+    for name, value in eager.state_dict().items():
+        assert torch.equal(fallen_back.state_dict()[name], value), name
+
+
+def test_only_full_batches_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: (sizes.append(len(images)), model(images))[1]
+
+    monkeypatch.setattr(engine, "compiled", compiled)
+    train(make_step(small_net(), compile_model=True), batches_of(8, 8, 3, 8))
+    assert sizes == [8, 8, 8]
+
+
+def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(images: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) > 1:
+                raise RuntimeError("out of memory")
+            return model(images)
+
+        return run
+
+    monkeypatch.setattr(engine, "compiled", compiled)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(make_step(small_net(), compile_model=True), batches_of(8, 8))
+
+
+BROKEN_COMPILER = """
+import torch
+from helpers.small_net import batches_of, make_step, small_net, train
+print(train(make_step(small_net(), compile_model=True), batches_of(8, 8)).images)
+"""
+
+
+@pytest.mark.skipif(not Path("/bin/false").exists(), reason="a compiler that fails: /bin/false")
+@pytest.mark.skipif(sys.platform != "linux", reason="$CXX is what torch.compile takes on Linux")
+def test_without_a_working_compiler_training_goes_on(tmp_path: Path) -> None:
+    paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN_COMPILER],
+        env=os.environ | broken,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "16\n"), done.stderr
+    assert done.stderr.count("training eagerly") == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,107 @@
+"""The words at the end of a run: the numbers in them are those of the history."""
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from training.history import analyse, duration
+from training.recipe import Recipe
+
+
+class Figures(NamedTuple):
+    """As much of a pass's metrics as the analysis reads."""
+
+    accuracy_percent: float
+    images: int
+
+
+def history(epochs: int, choice: str = "test") -> list[dict[str, Any]]:
+    """Accuracy rises by one point an epoch (training) or half of one, loss falls to a tenth of epoch 1's."""
+    rows = []
+    for epoch in range(1, epochs + 1):
+        left = 1 - 0.9 * (epoch - 1) / max(epochs - 1, 1)
+        rows.append(
+            {
+                "epoch": epoch,
+                "learning_rate": 0.1 if epoch <= 2 else 0.02,
+                "train_loss": 4.0 * left,
+                "train_acc_percent": 10.0 + epoch,
+                f"{choice}_loss": 5.0 * left,
+                f"{choice}_acc_percent": 10.0 + epoch / 2,
+            }
+        )
+    return rows
+
+
+def test_the_numbers_are_the_historys() -> None:
+    recipe = Recipe(epochs=5, milestones=(2, 4))
+    lines = analyse(history(5), recipe, 3, 3725.0, {})
+    text = "\n".join(lines)
+    assert lines[0] == "Analysis (resnet56, CIFAR-100)"
+    assert "Best test accuracy:  11.50% (epoch 3)" in text
+    assert "Final test accuracy: 12.50% (epoch 5)" in text
+    assert "Generalisation gap: 2.50 points (15.00% training - 12.50% test)" in text
+    assert "Train loss: 4.0000 -> 0.4000 (90% reduction)" in text
+    assert "Test loss: 5.0000 -> 0.5000 (90% reduction)" in text
+    assert lines[-1].strip() == "Total time: 1 h 02 min 05 s"
+    assert all("\n" not in line for line in lines)
+
+
+def test_a_best_epoch_chosen_on_the_test_set_is_said_to_flatter() -> None:
+    text = "\n".join(analyse(history(5), Recipe(epochs=5), 5, 1.0, {}))
+    assert "flatters" in text and "chosen on the test images" in text
+
+
+def test_with_held_out_images_test_figures_are_given_apart() -> None:
+    tests = {"best": Figures(70.126, 10_000), "last": Figures(69.0, 10_000)}
+    lines = analyse(history(5, "val"), Recipe(epochs=5, val_split=500), 4, 1.0, tests)
+    text = "\n".join(lines)
+    assert "Best validation accuracy:  12.00% (epoch 4)" in text
+    assert "Test accuracy of the best epoch (4): 70.13% on 10,000 images" in text
+    assert "Test accuracy of the last epoch (5): 69.00% on 10,000 images" in text
+    assert "500 held out" in lines[0] and "flatters" not in text
+
+
+def test_each_phase_of_the_schedule_has_its_line() -> None:
+    lines = analyse(history(5), Recipe(epochs=5, milestones=(2, 4)), 5, 1.0, {})
+    start = next(number for number, line in enumerate(lines) if "learning rate" in line)
+    phases = [line.split() for line in lines[start + 1 : start + 4]]
+    assert [phase[0] for phase in phases] == ["1-2", "3-4", "5-5"]
+    assert [phase[1] for phase in phases] == ["0.1", "0.02", "0.02"]
+    assert phases[1][2:] == ["13.00%", "->", "14.00%", "11.50%", "->", "12.00%"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7, 20])
+@pytest.mark.parametrize("scheduler", ["multistep", "onecycle"])
+def test_runs_of_any_length_are_analysed(epochs: int, scheduler: str) -> None:
+    recipe = Recipe(epochs=epochs, scheduler=scheduler)
+    lines = analyse(history(epochs), recipe, epochs, 0.4, {})
+    phases = sum("->" in line and "%" in line and "loss" not in line for line in lines)
+    assert phases == len(recipe.milestone_epochs) + 1
+
+
+def test_synthetic_data_is_named() -> None:
+    assert "synthetic" in analyse(history(1), Recipe(dataset="synthetic", epochs=1), 1, 1.0, {})[0]
+
+
+def test_a_risen_loss_is_an_increase() -> None:
+    rows = history(2)
+    rows[1]["test_loss"] = 7.5
+    text = "\n".join(analyse(rows, Recipe(epochs=2), 1, 1.0, {}))
+    assert "Test loss: 5.0000 -> 7.5000 (50% increase)" in text
+    rows[0]["train_loss"] = 0.0
+    assert "Train loss: 0.0000" in "\n".join(analyse(rows, Recipe(epochs=2), 1, 1.0, {}))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 min 00 s"),
+        (59.4, "0 min 59 s"),
+        (59.6, "1 min 00 s"),
+        (3599.6, "1 h 00 min 00 s"),
+        (36_061, "10 h 01 min 01 s"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,147 @@
+"""Recipes by name: what overrides what; each runs end to end, and goes on exactly after it was cut off."""
+
+import csv
+import signal
+from pathlib import Path
+
+import pytest
+
+from core.errors import UsageError
+from helpers.driver import QUICK, Driver, digests
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.flags import apply_preset, build_parser, recipe_from
+from training.presets import PRESETS, presets_table
+from training.recipe import Recipe
+
+KILL, INT = int(signal.SIGKILL), int(signal.SIGINT)
+SMALL = ["--model", "resnet8", "--limit-train", "100", "--batch-size", "20", "--workers", "0", "--yes"]
+# All that has a state of its own or draws at random, in two runs, since SWA and EMA exclude each other.
+BEYOND = {
+    "moving average": [
+        *("--scheduler", "cosine", "--warmup-epochs", "1", "--mix", "both", "--mix-probability", "0.8"),
+        *(
+            "--ema-decay",
+            "0.9",
+            "--sam",
+            "asam",
+            "--clip-norm",
+            "1",
+            "--drop-path",
+            "0.2",
+            "--accumulate",
+            "2",
+        ),
+        *("--image-sizes", "24", "32", "--no-decay-bn", "--val-split", "20", "--limit-train", "120"),
+    ],
+    "equal average": ["--swa-start", "2", "--zero-init-residual", "--label-smoothing", "0.1"],
+}
+
+
+def recipe(*argv: str) -> Recipe:
+    return recipe_from(apply_preset(build_parser().parse_args(list(argv))), "fp32")
+
+
+def test_reference_is_exactly_the_defaults() -> None:
+    assert recipe("--recipe", "reference") == recipe() == Recipe()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_value_of_a_group_reaches_the_recipe(name: str) -> None:
+    made = recipe("--recipe", name)
+    assert {key: getattr(made, key) for key in PRESETS[name]} == PRESETS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--epochs", "1"],
+        ["--scheduler", "multistep"],
+        ["--scheduler", "multistep", "--milestones", "3"],
+        ["--scheduler", "onecycle", "--max-lr", "0.2"],
+        ["--swa-start", "1"],
+        ["--model", "resnet20"],
+        ["--mix", "none"],
+        ["--sam", "none"],
+        ["--decay-bn"],
+        ["--ema-decay", "0"],
+    ],
+)
+def test_a_flag_beside_a_recipe_overrides_it(name: str, flags: list[str]) -> None:
+    made = recipe("--recipe", name, *flags)
+    alone = recipe(*flags)
+    for flag in flags[::2]:
+        field = flag[2:].replace("-", "_")
+        assert getattr(made, field) == getattr(alone, field)
+
+
+def test_the_table_in_the_help_gives_flags_that_make_the_recipe() -> None:
+    blocks = presets_table().split("\n  ")[1:]
+    names = [block.split(":")[0] for block in blocks if not block.startswith(" ")]
+    assert names == list(PRESETS)
+    text = presets_table() + "\n  end:"
+    for name, following in zip(PRESETS, [*list(PRESETS)[1:], "end"], strict=True):
+        part = text[text.index(f"\n  {name}:") : text.index(f"\n  {following}:")]
+        assert recipe(*" ".join(part.splitlines()[2:]).split()) == recipe("--recipe", name)
+    assert max(map(len, presets_table().splitlines())) < 90
+
+
+def test_a_resumed_run_takes_no_recipe() -> None:
+    with pytest.raises(UsageError, match="--recipe is for new runs"):
+        recipe("--recipe", "best", "--resume")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_recipe_trains_end_to_end(driver: Driver, tmp_path: Path, name: str) -> None:
+    flags = ["--recipe", name, *SMALL, "--epochs", "1", "--no-lr-finder", "--output-dir", tmp_path]
+    code, output = driver.run(flags, tmp_path / "output")
+    assert code == 0, output
+    (row,) = csv.DictReader((tmp_path / "CNN_Model_history.csv").open())
+    stored = load_checkpoint(tmp_path / "CNN_Model_best.pth")["recipe"]
+    assert ("ema_test_acc_percent" in row) == (stored["ema_decay"] > 0) == (name != "reference")
+    assert (stored["epochs"], stored["sam"]) == (1, PRESETS[name].get("sam", "none"))
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_a_run_that_was_cut_off_goes_on_exactly(driver: Driver, tmp_path: Path, kind: str) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = [*QUICK, *BEYOND[kind], "--epochs", "4"]
+    code, output = driver.run([*flags, "--output-dir", whole], tmp_path / "output")
+    assert code == 0, output
+    flags = [*flags, "--output-dir", cut]
+    each = ["checkpoint_each_batch"]
+    for moment in (("after_train_batch", 2, 3, KILL), ("after_train_batch", 3, 5, INT)):
+        code, output = driver.run(flags, tmp_path / "output", each, ["signal_in", *moment])
+        assert code in (-KILL, 128 + INT), output
+        flags = ["--resume", "--output-dir", cut]
+    code, output = driver.run(flags, tmp_path / "output")
+    assert code == 0, output
+    assert digests(cut) == digests(whole)
+    state = load_checkpoint(cut / "CNN_Model_last.pth")
+    assert state["average"]["count"] == {"moving average": 20, "equal average": 3}[kind]
+
+
+def test_a_teacher_is_learnt_from_and_must_know_the_same_classes(driver: Driver, tmp_path: Path) -> None:
+    code, output = driver.run([*QUICK, "--epochs", "1", "--output-dir", tmp_path], tmp_path / "output")
+    assert code == 0, output
+    teacher = ["--teacher", tmp_path / "CNN_Model_best.pth", "--name", "student"]
+    flags = [*QUICK, "--epochs", "1", "--output-dir", tmp_path, *teacher]
+    code, output = driver.run(flags, tmp_path / "output")
+    assert code == 0 and "teacher" in output, output
+    first = load_checkpoint(tmp_path / "CNN_Model_best.pth")["history"][0]
+    student = load_checkpoint(tmp_path / "student_best.pth")["history"][0]
+    assert student["train_loss"] != first["train_loss"]
+    other = load_checkpoint(tmp_path / "CNN_Model_best.pth")
+    other["classes"] = other["classes"][::-1]
+    save_checkpoint(tmp_path / "other_classes.pth", other)
+    before = digests(tmp_path)
+    for path, code, message in (
+        ("none.pth", 1, "none.pth"),
+        ("other_classes.pth", 1, "knows other classes"),
+        ("CNN_Model_best.pth", 2, "pass another --name"),
+    ):
+        flags[flags.index("--teacher") + 1] = tmp_path / path
+        named = [*flags, "--name", "CNN_Model", "--overwrite"]
+        got, output = driver.run(named, tmp_path / "output")
+        assert got == code and message in output and "Traceback" not in output
+        assert digests(tmp_path) == before  # nothing of the earlier run is lost

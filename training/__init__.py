@@ -1,0 +1,1 @@
+"""One training run: recipe, presets, techniques, the two batch loops, checkpoints, history."""
