@@ -10,7 +10,6 @@ Plots, history and checkpoints are in output/; `python train.py --help` lists ev
 
 import argparse
 import contextlib
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,10 +24,10 @@ from torch.utils.data import DataLoader
 from beyond_reference import bn_update_batches, load_teacher, test_average
 from cifar.dataset import ImageData, Split, balanced_subset, train_val_split
 from core import distributed
-from core.cli import LOG, Interrupts, run_main, start_log
+from core.cli import LOG, Interrupts, run_main, shell_command, start_log
 from core.errors import RunError, UsageError
 from core.files import RunLock, remove_temporary_files
-from core.machine import choose_compile, choose_device, native_bf16, set_up_torch
+from core.machine import choose_compile, choose_device, device_name, native_bf16, precision_name, set_up_torch
 from dialogue import answer_questions, choose_files, load_data, resume_command
 from model import build_model, count_parameters
 from training import checkpoint as ckpt
@@ -254,15 +253,14 @@ def say_what_is_trained(
     recipe: Recipe, model: nn.Module, device: torch.device, train_split: Split, test_split: Split
 ) -> None:
     """Log the first line of a run and, to trace it by, its command and versions."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     LOG.info(
-        f"Device: {kind}, {recipe.precision} | Network: {recipe.model}, "
-        f"{count_parameters(model):,} parameters | Data: {recipe.data_note}, "
+        f"Device: {device_name(device)}, {precision_name(recipe.precision, device)} | "
+        f"Network: {recipe.model}, {count_parameters(model):,} parameters | Data: {recipe.data_note}, "
         f"{len(train_split):,} train / {len(test_split):,} test | Recipe: SGD, batch "
         f"{recipe.batch_size}, weight decay {recipe.weight_decay:g}, {recipe.scheduler}, "
         f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.non_default_note}"
     )
-    LOG.info(f"Command: {shlex.join(['python', *sys.argv])}")
+    LOG.info(f"Command: {shell_command(['python', *sys.argv])}")
     versions = {"code": ckpt.commit(), **ckpt.versions()}
     LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
 

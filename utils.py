@@ -27,6 +27,7 @@ from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
 from core.cores import choose_workers
 from core.errors import UsageError
+from core.machine import autocast
 from lr_suggestion import LRFinderResult, smooth, suggest_lr
 
 __all__ = [
@@ -250,7 +251,7 @@ class _Autocast(nn.Module):
         self.model, self.precision = model, precision
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(images.device, self.precision):
             logits = self.model(images)
         return logits.float()
 

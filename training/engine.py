@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from core import distributed
 from core.cli import LOG, progress_bar
 from core.errors import RunError
+from core.machine import autocast
 from training.mixing import soft_hits
 from training.techniques import Techniques
 from utils import normalize
@@ -264,11 +265,6 @@ def compiled(model: nn.Module, device: torch.device) -> Callable[..., torch.Tens
     network is bound by kernel launches on a large GPU."""
     mode = "reduce-overhead" if device.type == "cuda" else None
     return torch.compile(model, mode=mode, dynamic=False)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast on `device`, or a context that does nothing for fp32: one path for both."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def train_one_epoch(
