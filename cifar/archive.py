@@ -7,7 +7,7 @@ import tempfile
 import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from core.errors import RunError
+from core.errors import RunError, printable
 
 
 def md5_of(path: Path) -> str:
@@ -17,11 +17,6 @@ def md5_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def printable(text: str) -> str:
-    """One line of at most 200 characters, whatever a server or a person wrote."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))[:200]
 
 
 def extract(archive: Path, folder: Path, *, top: str, max_bytes: int = 1 << 30) -> None:

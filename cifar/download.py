@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cifar.archive import md5_of, printable
-from core.errors import RunError
+from cifar.archive import md5_of
+from core.errors import RunError, printable
 from core.files import atomic_write
 
 log = logging.getLogger(__name__)
