@@ -35,7 +35,7 @@ from training.engine import Metrics
 from training.flags import DEFAULT_NAME, Parser, add_data_folder, add_processor, add_weights, plain_name
 from training.recipe import Recipe
 from training.recorded import Reproduction, compare, history_rows, weights_epoch
-from training.run_files import RunFiles
+from training.run import RunFiles
 from training.trained import LoadedModel, find_weights, load_model
 from utils import make_test_batches
 

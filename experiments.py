@@ -24,7 +24,7 @@ from core.files import atomic_write_text
 from model import MODELS, build_model, count_macs, count_parameters
 from training.flags import Parser, plain_name
 from training.presets import PRESETS
-from training.run_files import RunFiles
+from training.run import RunFiles
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 

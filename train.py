@@ -8,12 +8,12 @@
 Plots, history and checkpoints are in output/; `python train.py --help` lists every choice.
 """
 
-import argparse
 import math
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from core import distributed
 from core.cli import (
     LOG,
     Interrupts,
-    Parser,
     as_answer,
     ask,
     ask_yes_no,
@@ -60,101 +59,41 @@ from model import build_model, count_parameters
 from training.checkpoint import load_model
 from training.engine import Metrics, TrainStep, evaluate, train_one_epoch
 from training.history import analyse
-from training.presets import apply_preset, presets_table
-from training.recipe import (
-    DEFAULT_EPOCHS,
-    MAX_EPOCHS,
-    Recipe,
-    check_resume_flags,
-    recipe_from,
-)
-from training.run import DEFAULT_NAME, Interrupted, Run, RunFiles, SavedRun, lock_run
+from training.presets import apply_preset
+from training.recipe import MAX_EPOCHS, Recipe, check_resume_flags, given_flags, recipe_from
+from training.run import Interrupted, Run, RunFiles, SavedRun, choose_files, lock_run
+from training.settings import DEFAULT_NAME, Settings, build_parser
 from training.techniques import bn_update_batches, build_techniques
 from training.tensorboard_log import TensorBoard
 from utils import DEFAULT_LR, find_lr, make_test_batches, make_train_loader
 
 # On a GPU an epoch takes seconds: the curves are then drawn at most this often, and always at the end.
 PLOT_EVERY_S = 5.0
-# The flags about this machine that the command for resuming repeats where they are given.
-MACHINE_FLAGS = ("data_dir", "data_url", "workers", "tensorboard", "checkpoint_every", "device", "compile")
-MACHINE_FLAGS += ("deterministic", "sync_bn")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The choices of one call that are not part of the recipe: this machine, its files, what to ask.
-
-    Attributes:
-        repeated_flags: the words of the flags that resuming the run should repeat.
-    """
-
-    yes: bool
-    lr_finder: bool | None
-    lr_given: bool
-    epochs_given: bool
-    data_dir: Path
-    data_url: str | None
-    workers: int | None
-    output_dir: Path | None
-    name: str | None
-    overwrite: bool
-    resume: str | None
-    tensorboard: bool
-    checkpoint_every: float  # minutes
-    device: str
-    compile: str
-    deterministic: bool
-    sync_bn: bool
-    repeated_flags: tuple[str, ...]
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "Settings":
-        """The settings among the parsed flags."""
-        known = {field.name for field in fields(cls)}
-        defaults, repeated = vars(build_parser().parse_args([])), []
-        for name in MACHINE_FLAGS:
-            value = getattr(args, name)
-            if value != defaults[name]:
-                repeated += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        return cls(
-            **{name: value for name, value in vars(args).items() if name in known},
-            lr_given=args.lr is not None or args.max_lr is not None,
-            epochs_given=args.epochs is not None,
-            repeated_flags=tuple(repeated),
-        )
-
-    def resume_command(self, files: RunFiles) -> str:
-        """The command that resumes the run of `files`."""
-        script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-        processes = distributed.world_size()
-        launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
-        return shell_command([*launcher, script, "--resume", str(files.last), *self.repeated_flags])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, then train; Ctrl-C and SIGTERM save what resuming needs."""
     args = apply_preset(build_parser().parse_args(argv))
-    settings = Settings.from_args(args)
+    settings, given = Settings.from_args(args), given_flags(args)
     interrupts = Interrupts()
     with interrupts.caught():
         try:
             start_log(None)
-            device = choose_device(settings.device)
-            default = RunFiles(settings.output_dir or Path("output"), settings.name or DEFAULT_NAME)
-            saved = None if settings.resume is None else SavedRun.load(settings.resume, default)
-            recipe = choose_recipe(args, saved, device)
-            if saved is not None and saved.results_if_finished:
-                LOG.info(
-                    f"The run is finished, nothing is left to train. Results: {saved.results_if_finished}"
-                )
+            device, saved = choose_device(settings.device), None
+            if settings.resume is not None:
+                default = RunFiles(settings.output_dir or Path("output"), settings.name or DEFAULT_NAME)
+                saved = SavedRun.load(settings.resume, default)
+            recipe = choose_recipe(given, saved, device)
+            if saved is not None and (results := saved.results_if_finished()):
+                LOG.info(f"The run is finished, nothing is left to train. Results: {results}")
                 return 0
             train(recipe, settings, device, saved, interrupts)
+            return 0
         except Interrupted:
             return interrupts.exit_code
         except KeyboardInterrupt:
             print("\nInterrupted; there was nothing to save.", file=sys.stderr)
             return interrupts.exit_code
-    return 0
 
 
 def train(
@@ -183,10 +122,9 @@ def train(
         model = model.to(device, memory_format=torch.channels_last)
         files.check_space(sum(value.nbytes for value in model.state_dict().values()))
         log_header(recipe, model, device, images=(len(train_split), len(test_split)))
-        teacher = load_teacher(recipe, data, device, files)  # first: a missing one must cost nothing
-        if saved is None:
-            recipe = ask_questions(recipe, settings, model, train_split, files)
-
+        teacher = load_teacher(
+            recipe, data, device, files
+        )  # before the questions: a missing one costs nothing
         train_loader = make_train_loader(
             train_split,
             batch_size=recipe.batch_size,
@@ -197,19 +135,30 @@ def train(
             world_size=distributed.world_size(),
             pin_memory=device.type == "cuda",
         )
+        if saved is None:
+            recipe = ask_questions(recipe, settings, model, train_loader, files)
         test_batches = make_test_batches(rank_shard(test_split), recipe.test_batch_size, device)
         val_batches = test_batches
         if val_split is not None:
             val_batches = make_test_batches(rank_shard(val_split), recipe.test_batch_size, device)
 
-        step = build_step(
-            recipe,
-            settings,
+        optimizer = recipe.build_optimizer(model)
+        step = TrainStep(
             model,
-            teacher,
-            classes=len(data.classes),
-            batches_per_epoch=len(train_loader),
-            saved=saved,
+            recipe.build_criterion(),
+            optimizer,
+            recipe.build_scheduler(optimizer, len(train_loader)),
+            precision=recipe.precision,
+            compile_batch_size=choose_compile_size(recipe, settings, train_loader, device, saved),
+            sync_bn=settings.sync_bn,
+            techniques=build_techniques(
+                recipe,
+                model,
+                classes=len(data.classes),
+                batches_per_epoch=len(train_loader),
+                teacher=teacher,
+                bn_batches=bn_update_batches(train_split, recipe, device),
+            ),
         )
         run = Run(
             files,
@@ -220,15 +169,13 @@ def train(
             resume_command=settings.resume_command(files),
             checkpoint_every_s=60 * settings.checkpoint_every,
             extra={
-                "compile": step.compile_model,
+                "compile": step.compile_batch_size is not None,
                 "commit": code_version(),
                 "classes": list(data.classes),
                 "superclasses": list(data.superclasses),
                 "superclass_of": data.superclass_of.tolist(),
             },
         )
-        if run.averaging is not None:
-            run.averaging.bn_batches = bn_update_batches(train_split, recipe, device)
         run.start(saved)
         train_epochs(run, train_loader, val_batches, start_tensorboard(run, settings, train_loader))
         finish(run, test_batches)
@@ -288,17 +235,21 @@ def finish(run: Run, test_batches: list[tuple]) -> None:
 # ---- before training: recipe, data, files ----
 
 
-def choose_recipe(args: argparse.Namespace, saved: SavedRun | None, device: torch.device) -> Recipe:
+def choose_recipe(given: dict[str, Any], saved: SavedRun | None, device: torch.device) -> Recipe:
     """The recipe of the flags, or that of the saved run; the questions may still change a new one.
+
+    Args:
+        given: the recipe flags that were given, by field name; their precision may be "auto".
 
     Raises:
         UsageError: the flags contradict each other or the checkpoint.
     """
-    precision = None if args.precision == "auto" else args.precision
+    precision = None if given.get("precision") == "auto" else given.get("precision")
     if saved is not None:
-        check_resume_flags(args, saved.recipe)
+        check_resume_flags(given, saved.recipe)
         return replace(saved.recipe, precision=precision or saved.recipe.precision)
-    recipe = recipe_from(args, precision or ("bf16" if native_bf16(device) else "fp32"))
+    precision = precision or ("bf16" if native_bf16(device) else "fp32")
+    recipe = recipe_from({**given, "precision": precision})
     if recipe.batch_size % distributed.world_size():
         raise UsageError(
             f"--batch-size {recipe.batch_size} does not divide by {distributed.world_size()} processes"
@@ -349,39 +300,11 @@ def rank_shard(split: Split) -> Split:
     return Split(np.ascontiguousarray(split.images[shard]), split.labels[shard])
 
 
-def choose_files(recipe: Recipe, settings: Settings, folder: Path, saved: SavedRun | None) -> RunFiles:
-    """Where the run writes: an earlier run's files are replaced only by --overwrite or a y at a terminal.
-
-    A resumed run continues its own files, and never those of another run.
-    """
-    if saved is not None:
-        files = RunFiles(folder, settings.name or saved.name)
-        own = saved.path.resolve() in (files.last.resolve(), files.previous.resolve())
-        if own or settings.overwrite or not distributed.broadcast_object(files.exists):
-            return files
-        free = distributed.broadcast_object(files.next_free())
-        LOG.info(f"{files.last} is not {saved.path} and is kept; this run writes {free.name}.")
-        return free
-    name = settings.name or DEFAULT_NAME
-    if recipe.dataset == "synthetic" and "synthetic" not in name:
-        name += "_synthetic"
-    files = RunFiles(folder, name)
-    if not distributed.broadcast_object(files.exists) or settings.overwrite:
-        return files
-    free = distributed.broadcast_object(files.next_free())
-    if not settings.yes and distributed.broadcast_object(is_interactive()):
-        question = f"{folder} holds a run {name}. Overwrite it? (y/n, default: n): "
-        if ask_yes_no(question, default=False):
-            return files
-    LOG.info(f"{name} is kept (--resume resumes it); this run writes {free.name}.")
-    return free
-
-
 # ---- the questions ----
 
 
 def ask_questions(
-    recipe: Recipe, settings: Settings, model: nn.Module, train_split: Split, files: RunFiles
+    recipe: Recipe, settings: Settings, model: nn.Module, train_loader: DataLoader, files: RunFiles
 ) -> Recipe:
     """The recipe with the answers to the three questions: LR finder? its rate? how many epochs?
 
@@ -393,7 +316,7 @@ def ask_questions(
             settings.yes or ask_yes_no("Do you want to run LR Finder? (y/n, default: y): ")
         )
     if wanted:
-        suggested = run_lr_finder(recipe, model, train_split, files)
+        suggested = run_lr_finder(recipe, model, train_loader, files)
         if not settings.lr_given:
             question = f"Use suggested LR {suggested:.2e}? (y/n, default: y): "
             if settings.yes or ask_yes_no(question):
@@ -411,15 +334,15 @@ def ask_questions(
     if not settings.epochs_given and not settings.yes:
         lowest = recipe.milestones[-1] + 1 if recipe.milestones else 1
         epochs = ask(
-            f"Select number of epochs for training (default {DEFAULT_EPOCHS}): ",
-            DEFAULT_EPOCHS,
+            f"Select number of epochs for training (default {Recipe.epochs}): ",
+            Recipe.epochs,
             as_answer(whole_number(lowest, MAX_EPOCHS), "The number of epochs"),
-            shown=str(DEFAULT_EPOCHS),
+            shown=str(Recipe.epochs),
         )
     return replace(recipe, lr=lr, epochs=epochs)
 
 
-def run_lr_finder(recipe: Recipe, model: nn.Module, train_split: Split, files: RunFiles) -> float:
+def run_lr_finder(recipe: Recipe, model: nn.Module, train_loader: DataLoader, files: RunFiles) -> float:
     """Run the LR finder on the main process, on whole batches, and plot it; returns the suggested rate."""
     found = None
     if distributed.is_main():
@@ -428,9 +351,7 @@ def run_lr_finder(recipe: Recipe, model: nn.Module, train_split: Split, files: R
             model,
             recipe.build_criterion(),
             recipe.build_optimizer,
-            make_train_loader(
-                train_split, batch_size=recipe.batch_size, seed=recipe.seed, augment=recipe.augment
-            ),
+            train_loader,
             precision=recipe.precision,
         )
         LOG.info(found.summary)
@@ -466,38 +387,21 @@ def load_teacher(recipe: Recipe, data: ImageData, device: torch.device, files: R
     return teacher.model
 
 
-def build_step(
+def choose_compile_size(
     recipe: Recipe,
     settings: Settings,
-    model: nn.Module,
-    teacher: nn.Module | None,
-    *,
-    classes: int,
-    batches_per_epoch: int,
+    train_loader: DataLoader,
+    device: torch.device,
     saved: SavedRun | None,
-) -> TrainStep:
-    """The training step of `recipe`: optimizer, schedule, precision, compilation, optional techniques."""
-    device = next(model.parameters()).device
-    stored_compile = (
-        saved.state.get("compile") if saved and saved.recipe.precision == recipe.precision else None
-    )
-    images = batches_per_epoch * recipe.batch_size * recipe.epochs
-    use_compile, why = choose_compile(settings.compile, device, recipe.precision, images, stored_compile)
+) -> int | None:
+    """The size of the batches to run through torch.compile, that of a full one; None to train eagerly."""
+    stored = None
+    if saved is not None and saved.recipe.precision == recipe.precision:
+        stored = saved.state.get("compile")
+    images = len(train_loader) * recipe.batch_size * recipe.epochs
+    use_compile, why = choose_compile(settings.compile, device, recipe.precision, images, stored)
     LOG.info(f"torch.compile: {'on' if use_compile else 'off'} ({why})")
-    optimizer = recipe.build_optimizer(model)
-    return TrainStep(
-        model,
-        recipe.build_criterion(),
-        optimizer,
-        recipe.build_scheduler(optimizer, batches_per_epoch),
-        precision=recipe.precision,
-        compile_model=use_compile,
-        sync_bn=settings.sync_bn,
-        rank_batch_size=recipe.batch_size // distributed.world_size(),
-        techniques=build_techniques(
-            recipe, model, classes=classes, batches_per_epoch=batches_per_epoch, teacher=teacher
-        ),
-    )
+    return train_loader.batch_sampler.global_size(0) if use_compile else None
 
 
 def start_tensorboard(run: Run, settings: Settings, train_loader: DataLoader) -> TensorBoard | None:
@@ -538,18 +442,6 @@ def log_header(recipe: Recipe, model: nn.Module, device: torch.device, *, images
     LOG.info(f"Command: {shell_command(['python', *sys.argv])}")
     found = {"code": code_version(), **versions()}
     LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()))
-
-
-def build_parser() -> Parser:
-    """The parser of train.py. A flag that is not given is None: then a question, or the default, decides."""
-    parser = Parser(
-        prog="train.py",
-        description="Train ResNet-56 (or a relative) on CIFAR-100. Without flags, it asks three questions.",
-        epilog=f"{presets_table()}\n\nexample: python train.py --yes --epochs 100 --name my_run",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    return parser
 
 
 if __name__ == "__main__":

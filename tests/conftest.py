@@ -148,7 +148,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
 @pytest.fixture
 def finder(quick: pytest.MonkeyPatch) -> list[str]:
     """Stands in for the LR finder and suggests 0.02; the list says whether it ran."""
-    import dialogue
+    import train
     from lr_suggestion import LRFinderResult
 
     ran: list[str] = []
@@ -158,8 +158,8 @@ def finder(quick: pytest.MonkeyPatch) -> list[str]:
         rates, losses = np.logspace(-4, 0, 30).tolist(), np.linspace(5, 4, 30).tolist()
         return LRFinderResult(rates, losses, losses, 0.02, "steepest descent of the smoothed loss")
 
-    quick.setattr(dialogue, "find_lr", find_lr)
-    quick.setattr(dialogue, "plot_lr_finder", lambda *arguments, **_: arguments[3])
+    quick.setattr(train, "find_lr", find_lr)
+    quick.setattr(train, "plot_lr_finder", lambda *arguments, **_: arguments[3])
     return ran
 
 

@@ -28,7 +28,7 @@ from core.errors import RunError, UsageError
 # first of these: it makes the project's modules known
 from helpers.driver import QUICK, Driver, digests
 from training.checkpoint import load_checkpoint
-from training.run_files import RunFiles
+from training.run import RunFiles
 
 NAME = "CNN_Model"
 LONGEST_S = 2.5  # of computing, from a start to its kill: about as long as a run takes

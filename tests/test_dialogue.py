@@ -1,26 +1,23 @@
 """What train.py asks, from a pipe and at a real terminal, and what it makes of the answers."""
 
-import argparse
 import builtins
 import io
 import os
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-import dialogue
 import train as train_module
 from cifar.dataset import DatasetUnavailable, ImageData
 from conftest import REPOSITORY
 from core.cli import run_main
-from dialogue import resume_command
 from helpers.stand_ins import EPOCHS, FINDER, QUICK, RATE, SUGGESTED, load, stand_in_images, taken
 from train import main
-from training.flags import RECIPE_FIELDS, build_parser
-from training.run_files import RunFiles
+from training.recipe import Recipe
+from training.settings import NEW_RUN_FLAGS, Settings, build_parser
 
 pexpect = pytest.importorskip("pexpect", reason="drives a pseudo-terminal") if os.name == "posix" else None
 
@@ -67,11 +64,11 @@ def test_a_flag_given_is_a_question_not_asked(
     class Enough(Exception):
         """The questions are over."""
 
-    def start_run(_: argparse.Namespace, recipe: object, *__: object) -> None:
+    def choose_compile_size(recipe: object, *_: object) -> None:
         recipes.append(recipe)
         raise Enough
 
-    quick.setattr(train_module, "start_run", start_run)
+    quick.setattr(train_module, "choose_compile_size", choose_compile_size)
     with pytest.raises(Enough):
         main(["--model", "resnet20", "--batch-size", "100", *flags])
     out = capsys.readouterr().out
@@ -141,7 +138,7 @@ def no_data(quick: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
             else dataset.load_dataset(name, *arguments, **options)
         )
 
-    quick.setattr(dialogue, "load_dataset", load_dataset)
+    quick.setattr(train_module, "load_dataset", load_dataset)
     quick.setattr(dataset, "SOURCES", tuple(f"http://127.0.0.1:9/{name}.tar.gz" for name in "ab"))
     quick.delenv("CIFAR100_URL", raising=False)
     return quick
@@ -205,27 +202,15 @@ def test_every_flag_about_the_machine_is_in_the_command_that_resumes(
 ) -> None:
     for variable in ("CIFAR_DATA", "CIFAR100_URL"):
         monkeypatch.delenv(variable, raising=False)
-    answers = {"yes", "lr_finder", "recipe"}
-    about_files = {"output_dir", "name", "overwrite", "resume"}
-    parser, files = build_parser(), RunFiles(tmp_path / "my runs", "a")
-    every = set(vars(parser.parse_args([])))
-    assert every - set(RECIPE_FIELDS) - answers - about_files == set(MACHINE_FLAGS)
-    new_run = [
-        "--yes",
-        "--no-lr-finder",
-        "--name",
-        "a",
-        "--overwrite",
-        "--output-dir",
-        str(tmp_path / "my runs"),
-    ]
+    parser, state = build_parser(), tmp_path / "my runs" / "a_last.pth"
+    recipe_flags = {field.name for field in fields(Recipe)} | {"recipe"}
+    assert set(vars(parser.parse_args([]))) - recipe_flags - NEW_RUN_FLAGS == set(MACHINE_FLAGS)
+    new_run = ["--yes", "--no-lr-finder", "--name", "a", "--overwrite", "--output-dir", str(tmp_path)]
     given = [*new_run, "--epochs", "3", "--lr", "0.2", "--milestones", "1", "2"]
-    for name, flags in MACHINE_FLAGS.items():
-        words = shlex.split(resume_command(parser.parse_args([*given, *flags]), files))
-        assert words[:4] == ["python", "train.py", "--resume", str(files.last)]
-        assert words[4:] == flags, name
-        assert getattr(parser.parse_args(words[2:]), name) == getattr(parser.parse_args(flags), name)
-    assert shlex.split(resume_command(parser.parse_args(given), files))[4:] == []
+    for name, flags in {"": [], **MACHINE_FLAGS}.items():
+        command = Settings.from_args(parser.parse_args([*given, *flags])).resume_command(state)
+        assert shlex.split(command) == ["python", "train.py", "--resume", str(state), *flags], name
+        assert parser.parse_args(shlex.split(command)[2:])
 
 
 # ---- the whole program at a real terminal ----
@@ -234,20 +219,21 @@ def test_every_flag_about_the_machine_is_in_the_command_that_resumes(
 ON_STAND_INS = """
 import sys
 import pytest
-import dataset, dialogue, stand_ins
+import train
+from cifar import dataset
 from core.cli import run_main
-from train import main
+from helpers import stand_ins
 patch = pytest.MonkeyPatch()
 data = dataset.DatasetUnavailable("CIFAR-100 could not be downloaded:\\n  nobody: not there", [])
 stand_ins.stand_in(patch, plots=False)
-loads = dialogue.load_dataset
+loads = train.load_dataset
 def load_dataset(name, *rest, **options):
     if name == "cifar100" and "--no-data" in sys.argv:
         raise data
     return loads(name)
-patch.setattr(dialogue, "load_dataset", load_dataset)
+patch.setattr(train, "load_dataset", load_dataset)
 argv = [argument for argument in sys.argv[1:] if argument != "--no-data"]
-sys.exit(run_main(lambda: main(argv), "train.py"))
+sys.exit(run_main(lambda: train.main(argv), "train.py"))
 """
 
 

@@ -8,7 +8,7 @@ import pytest
 import experiments
 from core.errors import RunError, UsageError
 from model import MODELS
-from training.run_files import RunFiles
+from training.run import RunFiles
 
 HEADER = "epoch,learning_rate,train_loss,train_acc_percent,test_loss,test_acc_percent"
 

@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-import dialogue
 import train as train_module
 from conftest import REPOSITORY
 from core.cli import run_main
 from helpers.stand_ins import QUICK, load
 from train import main
-from training.flags import build_parser
 
 WRONG = [
     ["--epochs", "0"],
@@ -55,7 +53,7 @@ WRONG = [
 def test_a_wrong_value_is_one_line_and_exit_2_before_data_is_touched(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, argv: list[str]
 ) -> None:
-    quick.setattr(dialogue, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
+    quick.setattr(train_module, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
     try:
         code = run_main(lambda: main(["--yes", *argv]), "train.py")
     except SystemExit as end:
@@ -70,7 +68,7 @@ def test_a_wrong_value_is_one_line_and_exit_2_before_data_is_touched(
 def test_a_device_that_is_not_there_is_refused_before_data_is_touched(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    quick.setattr(dialogue, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
+    quick.setattr(train_module, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
     quick.setattr(torch.cuda, "device_count", lambda: 0)
     assert run_main(lambda: main(["--yes", "--device", "cuda"]), "train.py") == 2
     assert "--device cuda" in capsys.readouterr().err
@@ -78,8 +76,7 @@ def test_a_device_that_is_not_there_is_refused_before_data_is_touched(
 
 def test_every_choice_has_a_default_that_trains(quick: pytest.MonkeyPatch) -> None:
     """No flag is required: the namespace of no flags goes through."""
-    args = build_parser().parse_args([])
-    recipe = train_module.starting_recipe(args, None, torch.device("cpu"))
+    recipe = train_module.choose_recipe({}, None, torch.device("cpu"))
     assert (recipe.model, recipe.epochs, recipe.batch_size) == ("resnet56", 20, 128)
 
 
@@ -87,7 +84,7 @@ def test_every_choice_has_a_default_that_trains(quick: pytest.MonkeyPatch) -> No
 def test_an_output_folder_that_cannot_be_written_is_refused_before_data_is_touched(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, where: str
 ) -> None:
-    quick.setattr(dialogue, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
+    quick.setattr(train_module, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
     Path("taken").write_text("a file")
     folder = {"file": "taken", "under a file": "taken/deeper", "read-only": "closed"}[where]
     if where == "read-only":

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import dialogue
 import train as train_module
 from helpers.stand_ins import (
     EPOCH_LINE,
@@ -22,7 +21,6 @@ from helpers.stand_ins import (
 )
 from model import BasicBlock
 from train import main
-from training import run as run_module
 from training.engine import evaluate
 from utils import make_test_batches
 
@@ -73,7 +71,7 @@ def test_a_subset_says_so_wherever_its_figures_stand(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     titles: list[str] = []
-    quick.setattr(run_module, "plot_history", lambda *_, title, **__: titles.append(title))
+    quick.setattr(train_module, "plot_history", lambda *_, title, **__: titles.append(title))
     assert main([*QUICK, "--epochs", "1", "--limit-train", "200", "--limit-test", "100"]) == 0
     out = capsys.readouterr().out
     note = "CIFAR-100, 200 training images only, 100 test images only"
@@ -103,8 +101,8 @@ def test_a_synthetic_run_says_so_everywhere(
     quick: pytest.MonkeyPatch, finder: list[str], capsys: pytest.CaptureFixture, name: list[str]
 ) -> None:
     titles: list[str] = []
-    quick.setattr(run_module, "plot_history", lambda *_, title, **__: titles.append(title))
-    quick.setattr(dialogue, "plot_lr_finder", lambda *a, title, **_: titles.append(title) or a[3])
+    quick.setattr(train_module, "plot_history", lambda *_, title, **__: titles.append(title))
+    quick.setattr(train_module, "plot_lr_finder", lambda *a, title, **_: titles.append(title) or a[3])
     flags = [flag for flag in QUICK if flag != "--no-lr-finder"]
     assert main([*flags, "--epochs", "1", "--dataset", "synthetic", *name]) == 0
     assert all("synthetic" in path.name for path in Path("output").iterdir())

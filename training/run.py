@@ -1,5 +1,7 @@
 """A training run: its files, the state to resume it from, and its state from batch to batch."""
 
+import argparse
+import contextlib
 import math
 import os
 import shutil
@@ -13,13 +15,14 @@ import torch
 from torch import nn
 
 from core import distributed
-from core.cli import LOG, Interrupts
+from core.cli import LOG, Interrupts, ask_yes_no, is_interactive, plain_name
 from core.errors import RunError
-from core.files import atomic_write_text
+from core.files import RunLock, atomic_write_text, remove_temporary_files
 from training import checkpoint as ckpt
 from training.engine import Metrics, RunningTotals, TrainStep
 from training.history import epoch_line, history_csv
 from training.recipe import Recipe
+from training.settings import DEFAULT_NAME, Settings
 
 # A run keeps about this many times the bytes of its network's weights: the last state, the one before it and
 # the temporary file of the next one, of three each (weights, momentum, best weights); the best weights; the
@@ -95,11 +98,13 @@ class RunFiles:
         return files
 
     def prepare(self) -> None:
-        """Create the folder and check that files can be written there.
+        """Create the folder and check that files can be written there; done by the main process.
 
         Raises:
             RunError: it cannot be created or written to; the message says why.
         """
+        if not distributed.is_main():
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -111,7 +116,7 @@ class RunFiles:
         probe.unlink(missing_ok=True)
 
     def check_space(self, weights_bytes: int) -> None:
-        """Check that the disk has room for the run's files.
+        """Check that the disk has room for the run's files; done by the main process.
 
         Args:
             weights_bytes: the size of the network's weights.
@@ -119,6 +124,8 @@ class RunFiles:
         Raises:
             RunError: it has not.
         """
+        if not distributed.is_main():
+            return
         present = (self.last, self.previous, self.best, self.results)
         reused = sum(path.stat().st_size for path in present if path.exists())
         needed = WEIGHTS_KEPT * weights_bytes + OTHER_BYTES - reused
@@ -130,7 +137,9 @@ class RunFiles:
             )
 
     def remove_earlier_run(self) -> None:
-        """Delete what an earlier run of the name left, once the new one's first state is its `last`."""
+        """Delete what an earlier run of this name left beside the new one's `last`; by the main process."""
+        if not distributed.is_main():
+            return
         tables = self.path("_history.csv"), self.path("_training_plots.png")
         for path in {*self.checkpoints, *tables} - {self.last}:
             try:
@@ -213,6 +222,17 @@ class SavedRun:
         return Recipe.from_dict(self.state["recipe"])
 
     @property
+    def name(self) -> str:
+        """The run's name.
+
+        Raises:
+            RunError: there is none, or it could lead out of the output folder.
+        """
+        try:
+            return plain_name(self.state["name"])
+        except (KeyError, TypeError, argparse.ArgumentTypeError):
+            raise RunError("the checkpoint's run name is missing or unsafe: pass --name NAME") from None
+
     def results_if_finished(self) -> Path | None:
         """The results file of the run where it is on disk and belongs to this state; else None."""
         files, history = RunFiles.of_last(self.path), self.state.get("history")
@@ -230,6 +250,52 @@ class SavedRun:
         except (RunError, RuntimeError, ValueError):  # damaged, or tensors where none belong: written again
             return None
         return files.results if same else None
+
+
+def choose_files(recipe: Recipe, settings: Settings, folder: Path, saved: SavedRun | None) -> RunFiles:
+    """Where the run writes: an earlier run's files are replaced only by --overwrite or a y at a terminal.
+
+    A resumed run continues its own files, and never replaces those of another run.
+    """
+    if saved is not None:
+        files = RunFiles(folder, settings.name or saved.name)
+        own = saved.path.resolve() in (files.last.resolve(), files.previous.resolve())
+        if own or settings.overwrite or not distributed.broadcast_object(files.exists):
+            return files
+        free = distributed.broadcast_object(files.next_free())
+        LOG.info(f"{files.last} is not {saved.path} and is kept; this run writes {free.name}.")
+        return free
+    name = settings.name or DEFAULT_NAME
+    if recipe.dataset == "synthetic" and "synthetic" not in name:
+        name += "_synthetic"
+    files = RunFiles(folder, name)
+    if not distributed.broadcast_object(files.exists) or settings.overwrite:
+        return files
+    free = distributed.broadcast_object(files.next_free())
+    if not settings.yes and distributed.broadcast_object(is_interactive()):
+        question = f"{folder} holds a run {name}. Overwrite it? (y/n, default: n): "
+        if ask_yes_no(question, default=False):
+            return files
+    LOG.info(f"{name} is kept (--resume resumes it); this run writes {free.name}.")
+    return free
+
+
+@contextlib.contextmanager
+def lock_run(files: RunFiles, *, resumed: bool) -> Iterator[None]:
+    """Keep other processes off the run's files, and clean up after killed ones; done by the main process.
+
+    Raises:
+        RunError: another process writes this run.
+    """
+    if not distributed.is_main():
+        yield
+        return
+    with RunLock(files.path(".lock")):
+        for part in ("_", ".lock."):
+            remove_temporary_files(files.folder, files.name + part)
+        if resumed:
+            files.move_damaged_aside()
+        yield
 
 
 class Run:
@@ -271,6 +337,27 @@ class Run:
     def eval_model(self) -> nn.Module:
         """The network whose weights the run leaves: the averaged one where there is one."""
         return self.averaging.network if self.averaging else self.model
+
+    def start(self, saved: SavedRun | None) -> None:
+        """Restore the saved state or, in a new run, write the first one, in the place of an earlier run's.
+
+        From then on there is always a state to resume from.
+
+        Raises:
+            RunError: the state does not fit this network, or cannot be written.
+        """
+        epochs = f"{self.recipe.epochs} epoch{'' if self.recipe.epochs == 1 else 's'}"
+        LOG.info(f"Training: {epochs}, {self.recipe.schedule_note}")
+        if saved is None:
+            self.save()
+            self.files.remove_earlier_run()
+            return
+        self.restore(saved)
+        LOG.info(
+            f"Resumed {saved.path}: epoch {self.epoch}, batch {self.batches_done} of {self.batches_per_epoch}"
+        )
+        if self.recipe.precision != saved.recipe.precision:
+            LOG.info(f"Precision changed from {saved.recipe.precision} to {self.recipe.precision}")
 
     def remaining_epochs(self) -> Iterator[int]:
         """The epochs from the one in training to the recipe's last, each noted as it begins.

@@ -55,12 +55,14 @@ def build_techniques(
     classes: int,
     batches_per_epoch: int,
     teacher: nn.Module | None = None,
+    bn_batches: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Techniques:
     """The techniques of `recipe`.
 
     Args:
         model: the network on its device, before it is wrapped or compiled.
         teacher: the network of `recipe.teacher`, on the same device.
+        bn_batches: see `bn_update_batches`.
     """
     rank = distributed.rank()
     network_seed = progressive_size = mixing = distillation = sam = averaging = None
@@ -93,6 +95,7 @@ def build_techniques(
             ema_decay=recipe.ema_decay,
             swa_start=recipe.swa_start or 1,
             batches_per_epoch=batches_per_epoch,
+            bn_batches=bn_batches,
         )
     return Techniques(
         network_seed=network_seed,
@@ -233,7 +236,7 @@ class Distillation:
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) in nats, averaged over images; both [N, classes]."""
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean in nats per image; both [N, classes]."""
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -303,10 +306,10 @@ class Averaging:
         ema_decay: float = 0.0,
         swa_start: int = 1,
         batches_per_epoch: int = 1,
+        bn_batches: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
-        self.source = model
+        self.source, self.bn_batches = model, bn_batches
         self.ema_decay, self.swa_start, self.batches_per_epoch = ema_decay, swa_start, batches_per_epoch
-        self.bn_batches: Sequence[tuple[Tensor, Tensor]] = ()
         update = self._update_ema if ema_decay else None
         self.average = AveragedModel(model, multi_avg_fn=update, use_buffers=bool(ema_decay))
 

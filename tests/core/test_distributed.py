@@ -146,7 +146,7 @@ def test_an_interrupt_saves_and_one_process_goes_on(
     best = load(tmp_path / "output" / "tiny_synthetic_best.pth")
     model = build_model("resnet20")
     model.load_state_dict(best["model"])
-    test = train.splits(load_dataset("synthetic", tmp_path), Recipe.from_dict(best["recipe"]))[1]
+    test = train.make_splits(load_dataset("synthetic", tmp_path), Recipe.from_dict(best["recipe"]))[1]
     again = engine.evaluate(model, make_test_batches(test, 5000, "cpu"))
     row = best["history"][best["epoch"] - 1]
     assert again.images == 101
@@ -274,8 +274,7 @@ RAGGED_EPOCH = """
 from pathlib import Path
 from core.cli import Interrupts
 from training.recipe import Recipe
-from training.run import Run
-from training.run_files import RunFiles
+from training.run import Run, RunFiles
 from utils import TrainBatchSampler
 
 sizes, all_reduce = [], torch.distributed.all_reduce
@@ -287,9 +286,11 @@ for sync_bn in (False, True):
     batches = [(images[request.indices], labels[request.indices]) for request in sampler]
     model = small_net.small_net()
     step = small_net.make_step(model, sync_bn=sync_bn)
-    run = Run(RunFiles(Path(), "run"), Recipe(), model, step, 3, Interrupts(), resume_command="")
+    options = {"batches_per_epoch": 3, "interrupts": Interrupts(), "resume_command": ""}
+    run = Run(RunFiles(Path(), "run"), Recipe(), step, **options)
     sizes.clear()
-    small_net.train(step, batches, global_size=sampler.global_size, after_batch=run.after_train_batch)
+    loader = small_net.ListLoader(batches, global_size=sampler.global_size)
+    small_net.train(step, loader, after_batch=run.after_train_batch)
     result[sync_bn] = {"sizes": list(sizes), "gradients": [p.grad for p in model.parameters()]}
 """
 

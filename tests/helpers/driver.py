@@ -221,11 +221,10 @@ def _child(request: dict[str, Any]) -> int:
     import train
     from core.cli import run_main
     from core.files import atomic_write_text
-    from training import run
 
     faults = request["faults"]
     if ["real_plots"] not in faults:
-        run.plot_history = lambda rows, path, **options: atomic_write_text(path, f"{len(rows)} epochs")
+        train.plot_history = lambda rows, path, **options: atomic_write_text(path, f"{len(rows)} epochs")
     for name, *values in faults:
         FAULTS[name](*values)
     return run_main(train.main, "train.py")

@@ -1,5 +1,8 @@
 """A small network, its batches and its training steps, for tests of the batch loops."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -45,6 +48,21 @@ def make_step(model: nn.Module, recipe: Recipe | None = None, **options: object)
     return TrainStep(model, recipe.build_criterion(), optimizer, scheduler, **options)
 
 
+class ListLoader(list):
+    """Batches with the sampler that `train_one_epoch` asks: those of an epoch from `start_batch` on."""
+
+    def __init__(
+        self,
+        batches: list[Batch],
+        start_batch: int = 0,
+        global_size: Callable[[int], int | None] = lambda batch: None,
+    ) -> None:
+        super().__init__(batches)
+        self.batch_sampler = SimpleNamespace(
+            start_batch=start_batch, batches=start_batch + len(batches), global_size=global_size
+        )
+
+
 def train(step: TrainStep, batches: list[Batch], **options: object) -> Metrics:
-    sums = options.pop("sums", None) or RunningTotals(step.device)
-    return train_one_epoch(step, batches, sums, batches=len(batches), **options)
+    loader = batches if isinstance(batches, ListLoader) else ListLoader(batches)
+    return train_one_epoch(step, loader, RunningTotals(step.device), **options)

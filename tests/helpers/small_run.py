@@ -19,8 +19,7 @@ from training import trained
 from training.engine import Metrics, TrainStep
 from training.engine import evaluate as engine_evaluate
 from training.recipe import Recipe
-from training.run import Run
-from training.run_files import RunFiles
+from training.run import Run, RunFiles
 from utils import make_test_batches
 
 NAMES = {
@@ -57,7 +56,8 @@ def make_run(folder: Path, data: dataset.ImageData, recipe: Recipe, name: str) -
         "superclass_of": data.superclass_of.tolist(),
     }
     files = RunFiles(folder, name)
-    run = Run(files, recipe, model, step, 1, Interrupts(), resume_command="", extra=extra)
+    options = {"batches_per_epoch": 1, "interrupts": Interrupts(), "resume_command": ""}
+    run = Run(files, recipe, step, **options, extra=extra)
     split = balanced_subset(data.test, recipe.limit_test, recipe.seed) if recipe.limit_test else data.test
     batches = make_test_batches(split, recipe.test_batch_size, "cpu")
     run.finish_epoch(Metrics(4.6, 1.0, 200), engine_evaluate(model, batches, precision=recipe.precision))

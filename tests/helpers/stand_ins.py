@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-import dialogue
+import train
 from cifar.dataset import ImageData, Split
 from core.cli import LOG
 from model import MODELS, BasicBlock
-from training import run as run_module
 
 TRAIN_IMAGES, TEST_IMAGES = 300, 200
 # Nothing asked, nothing measured: 3 batches an epoch, whatever the processor.
@@ -63,9 +62,9 @@ def stand_in(patch: pytest.MonkeyPatch, *, plots: bool = True) -> None:
     """Let train.py run on stand-ins: in the fixture `quick`, or the whole program under a terminal."""
     data = stand_in_images()
     patch.setitem(MODELS, "resnet20", functools.partial(stand_in_network, BasicBlock))
-    patch.setattr(dialogue, "load_dataset", lambda name, *_, **__: replace(data, name=name))
+    patch.setattr(train, "load_dataset", lambda name, *_, **__: replace(data, name=name))
     if not plots:
-        patch.setattr(run_module, "plot_history", lambda rows, path, **_: path)
+        patch.setattr(train, "plot_history", lambda rows, path, **_: path)
 
 
 def forget_log() -> None:

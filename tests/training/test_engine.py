@@ -10,13 +10,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from core.errors import RunError
 from helpers.loss_curve import STEPS, STORED, conditions, loss_curve
-from helpers.small_net import batches_of, make_step, plainly_normalized, small_net, train
+from helpers.small_net import ListLoader, batches_of, make_step, plainly_normalized, small_net, train
 from training import engine
 from training.engine import RunningTotals, evaluate, train_one_epoch
 from training.recipe import Recipe
+from training.techniques import Techniques
 
 # ---- training ----
 
@@ -52,11 +54,11 @@ def test_an_epoch_in_two_parts_is_the_epoch_in_one() -> None:
     whole_model, parted_model = small_net(), small_net()
     whole = train(make_step(whole_model), batches)
     step = make_step(parted_model)
-    sums, done = RunningTotals(step.device), []
-    train_one_epoch(step, batches[:2], sums, batches=4, after_batch=done.append)
+    totals, done = RunningTotals(step.device), []
+    train_one_epoch(step, ListLoader(batches[:2]), totals, after_batch=done.append)
     later = RunningTotals(step.device)
-    later.restore(sums.state())
-    parted = train_one_epoch(step, batches[2:], later, first_batch=2, batches=4, after_batch=done.append)
+    later.restore(totals.values.tolist())
+    parted = train_one_epoch(step, ListLoader(batches[2:], start_batch=2), later, after_batch=done.append)
     assert parted == whole
     assert done == [1, 2, 3, 4]
     assert all(
@@ -68,24 +70,24 @@ def test_a_step_reads_nothing_back_from_the_device(monkeypatch: pytest.MonkeyPat
     """Meta tensors hold no values: whatever waits for one raises."""
     monkeypatch.setattr(engine, "autocast", lambda *_: contextlib.nullcontext())  # which knows no meta device
     step = make_step(small_net("meta"))
-    sums = RunningTotals(torch.device("meta"))
+    totals = RunningTotals(torch.device("meta"))
     for images, labels in batches_of(4, 4):
-        sums.add(*step(images.to("meta"), labels.to("meta")), len(labels), 1)
-    assert sums.values.device.type == "meta"
+        totals.add(*step(images.to("meta"), labels.to("meta")), len(labels), 1)
+    assert totals.values.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
-        sums.metrics()
+        totals.metrics()
 
 
-def test_sums_keep_more_digits_than_float32() -> None:
-    sums = RunningTotals(torch.device("cpu"))
+def test_totals_keep_more_digits_than_float32() -> None:
+    totals = RunningTotals(torch.device("cpu"))
     for number in range(1, 1001):
-        sums.add(torch.tensor(1e5 + 0.1), torch.tensor(1), 10, number)
-    assert sums.metrics().loss == pytest.approx((1e5 + 0.1) / 10, rel=1e-6)
-    assert sums.metrics().accuracy_percent == 10
-    assert sums.metrics().images == 10_000
+        totals.add(torch.tensor(1e5 + 0.1), torch.tensor(1), 10, number)
+    assert totals.metrics().loss == pytest.approx((1e5 + 0.1) / 10, rel=1e-6)
+    assert totals.metrics().accuracy_percent == 10
+    assert totals.metrics().images == 10_000
     again = RunningTotals(torch.device("cpu"))
-    again.restore(sums.state())
-    assert torch.equal(again.values, sums.values)
+    again.restore(totals.values.tolist())
+    assert torch.equal(again.values, totals.values)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_state_can_be_saved() -> None:
@@ -108,11 +110,35 @@ def test_a_loss_that_is_not_finite_stops_before_the_state_can_be_saved() -> None
 
 def test_the_first_bad_batch_is_the_one_that_is_named() -> None:
     """On a GPU the sums are read seldom: later batches must not hide the first one."""
-    sums = RunningTotals(torch.device("cpu"))
+    totals = RunningTotals(torch.device("cpu"))
     for number, loss in enumerate([1.0, 2.0, math.inf, math.nan, 3.0], start=1):
-        sums.add(torch.tensor(loss), torch.tensor(0), 1, number)
+        totals.add(torch.tensor(loss), torch.tensor(0), 1, number)
     with pytest.raises(RunError, match="batch 3 of epoch 1/1"):
-        engine.check_finite(sums, "epoch 1/1")
+        engine.check_finite(totals, "epoch 1/1")
+
+
+def test_clipping_bounds_the_norm_of_the_gradient() -> None:
+    norms = []
+    for clip_norm in (0.0, 0.5, 1e6):
+        model = small_net()
+        train(make_step(model, techniques=Techniques(clip_norm=clip_norm)), batches_of(8))
+        norms.append(torch.stack([value.grad.norm() for value in model.parameters()]).norm().item())
+    assert norms[0] == norms[2] > 0.5 and norms[1] == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("accumulate", "size"), [(2, 12), (3, 10), (5, 3)])
+def test_micro_batches_give_the_gradients_of_the_batch(accumulate: int, size: int) -> None:
+    """Without BatchNorm, which sees the micro-batches; ragged ones, and fewer images than micro-batches too."""
+    results = []
+    for techniques in (None, Techniques(accumulate=accumulate)):
+        model = small_net()
+        model[1] = nn.Identity()
+        metrics = train(make_step(model, techniques=techniques), batches_of(size, size))
+        results.append((metrics, torch.cat([value.flatten() for value in model.parameters()])))
+    (whole, weights), (parts, weights_of_parts) = results
+    torch.testing.assert_close(weights_of_parts, weights, rtol=1e-5, atol=1e-6)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert parts.accuracy_percent == whole.accuracy_percent
 
 
 # ---- testing ----
@@ -135,19 +161,19 @@ def test_evaluate_is_a_plain_loop_over_images_and_leaves_the_network_alone() -> 
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
-def test_pieces_of_a_test_batch_give_what_the_batch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_batch_gives_the_same_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_net()
-    [(images, labels)] = batches_of(2 * engine.CPU_TEST_PIECE + 9)
+    [(images, labels)] = batches_of(2 * engine.CPU_TEST_BATCH_SIZE + 9)
     batch, done = [(plainly_normalized(images), labels)], []
-    pieces = evaluate(model, batch, after_batch=done.append)
+    split = evaluate(model, batch, after_batch=done.append)
     assert done == [1, 2, 3]
-    monkeypatch.setattr(engine, "CPU_TEST_PIECE", 10_000)
+    monkeypatch.setattr(engine, "CPU_TEST_BATCH_SIZE", 10_000)
     whole = evaluate(model, batch)
-    assert (pieces.accuracy_percent, pieces.images) == (whole.accuracy_percent, len(labels))
-    assert pieces.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert (split.accuracy_percent, split.images) == (whole.accuracy_percent, len(labels))
+    assert split.loss == pytest.approx(whole.loss, rel=1e-6)
 
 
-def test_spoilt_weights_are_no_test_result() -> None:
+def test_weights_that_are_not_finite_are_an_error() -> None:
     model = small_net()
     model[4].bias.data.fill_(float("inf"))
     [(images, labels)] = batches_of(4)
@@ -171,7 +197,7 @@ def test_the_bar_is_silent_without_a_terminal_and_tells_on_one(
     assert capsys.readouterr() == ("", "")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr("cli.tqdm", lambda **options: engine_bar(options))
+    monkeypatch.setattr("core.cli.tqdm", lambda **options: engine_bar(options))
     train(make_step(small_net()), batches_of(4, 4), title="epoch 1/2")
     shown = terminal.getvalue()
     for words in ("epoch 1/2", "2/2", "loss ", "acc ", "images/s", "lr 0.01"):

@@ -15,7 +15,7 @@ import pytest
 from core.errors import RunError
 from helpers.driver import QUICK, Driver, digests, wait_until_gone
 from training.checkpoint import load_checkpoint
-from training.run_files import RunFiles
+from training.run import RunFiles
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KILLS = 20

@@ -11,17 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import train
-from beyond_reference import bn_update_batches
 from cifar.dataset import Split
 from core import distributed
 from core.cli import Interrupts
 from helpers.small_net import CLASSES, small_net
-from training.checkpoint import load_checkpoint
 from training.engine import TrainStep, evaluate
 from training.recipe import Recipe
-from training.run import Interrupted, Run
-from training.run_files import RunFiles
-from training.techniques import build_techniques
+from training.run import Interrupted, Run, RunFiles, SavedRun
+from training.techniques import bn_update_batches, build_techniques
 from utils import make_test_batches, make_train_loader
 
 CASES = {
@@ -63,15 +60,19 @@ def train_on_this_rank(folder: Path, recipe: Recipe, stop: bool = False, resume:
         recipe.build_criterion(),
         optimizer,
         recipe.build_scheduler(optimizer, len(loader)),
-        techniques=build_techniques(recipe, model, classes=CLASSES, batches_per_epoch=len(loader)),
+        techniques=build_techniques(
+            recipe,
+            model,
+            classes=CLASSES,
+            batches_per_epoch=len(loader),
+            bn_batches=bn_update_batches(split, recipe, torch.device("cpu")),
+        ),
     )
     folder.mkdir(exist_ok=True)
-    run = Run(RunFiles(folder, "run"), recipe, model, step, len(loader), Interrupts(), resume_command="")
-    run.write_history = lambda *_, **__: None  # it draws
-    if run.averaging:
-        run.averaging.bn_batches = bn_update_batches(split, recipe, torch.device("cpu"))
+    files = RunFiles(folder, "run")
+    run = Run(files, recipe, step, batches_per_epoch=len(loader), interrupts=Interrupts(), resume_command="")
     if resume:
-        run.restore(load_checkpoint(run.files.last), run.files.last)
+        run.restore(SavedRun.load(None, files))
 
     def after_batch(number: int) -> None:
         run.batches_done = number
@@ -81,7 +82,8 @@ def train_on_this_rank(folder: Path, recipe: Recipe, stop: bool = False, resume:
 
     run.after_train_batch = after_batch
     batches = make_test_batches(train.rank_shard(TEST), recipe.test_batch_size, "cpu")
-    train.train_epochs(run, loader, batches, after_epoch=lambda: None)
+    train.plot_curves = lambda run: None
+    train.train_epochs(run, loader, batches, board=None)
     return run
 
 

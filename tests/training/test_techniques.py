@@ -1,0 +1,338 @@
+"""The optional techniques against their formulas; draws that repeat; averages that resume exactly."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.errors import RunError
+from training.recipe import Recipe
+from training.techniques import (
+    SAM_RHO,
+    Averaging,
+    Distillation,
+    Mixing,
+    ProgressiveSize,
+    SharpnessAware,
+    StepSeed,
+    build_techniques,
+    decay_after,
+    distillation_loss,
+    frozen_bn_statistics,
+    soft_hits,
+)
+
+
+def equal_states(one: nn.Module | dict, two: nn.Module | dict) -> bool:
+    one, two = (state if isinstance(state, dict) else state.state_dict() for state in (one, two))
+    return all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_the_default_recipe_adds_nothing() -> None:
+    built = build_techniques(Recipe(), nn.Linear(1, 1), classes=100, batches_per_epoch=1)
+    assert built == type(built)()
+
+
+# ---- mixing and seeds ----
+
+
+def mixing(kind: str = "both", seed: int = 3, rank: int = 0, **changes: float) -> Mixing:
+    values = {"probability": 1.0, "mixup_alpha": 0.2, "cutmix_alpha": 1.0, **changes}
+    return Mixing(kind, StepSeed(seed, 17, rank), classes=100, **values)
+
+
+def numbered_batch(count: int = 6) -> tuple[Tensor, Tensor]:
+    """Images [count, 3, 8, 8] that are constant, each its number from 1; labels in the same order."""
+    numbers = torch.arange(count)
+    images = (numbers + 1.0)[:, None, None, None].expand(count, 3, 8, 8).clone()
+    return images.contiguous(memory_format=torch.channels_last), numbers
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix", "both"])
+def test_mixed_targets_are_the_shares_of_two_neighbours_pixels(kind: str) -> None:
+    images, labels = numbered_batch()
+    for step in range(30):
+        mixed, targets = mixing(kind)(images, labels, step)
+        assert mixed.shape == images.shape and mixed.is_contiguous(memory_format=torch.channels_last)
+        assert targets.shape == (6, 100) and targets.dtype == torch.float32
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ F.pad(torch.arange(1.0, 7.0), (0, 94)))
+        for number, row in enumerate(targets):
+            assert set(row.nonzero().flatten().tolist()) <= {number, (number - 1) % 6}
+
+
+@pytest.mark.parametrize(("alpha", "mean_square"), [(0.2, 0.5 * 1.2 / 1.4), (1.0, 1 / 3)])
+def test_mixup_ratios_are_beta_distributed(alpha: float, mean_square: float) -> None:
+    """E lambda^2 = (a + 1) / (2 (2 a + 1)) for Beta(a, a)."""
+    images, labels = numbered_batch(2)
+    mix = mixing("mixup", mixup_alpha=alpha)
+    ratios = torch.stack([mix(images, labels, step)[1][0, 0] for step in range(800)])
+    assert ratios.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (ratios**2).mean().item() == pytest.approx(mean_square, abs=0.05)
+
+
+def test_batches_are_mixed_with_the_probability_and_by_either_kind() -> None:
+    images, labels = numbered_batch()
+    mix = mixing(probability=0.3)
+    results = [mix(images, labels, step) for step in range(600)]
+    unmixed = [targets is labels and mixed is images for mixed, targets in results]
+    assert sum(unmixed) / 600 == pytest.approx(0.7, abs=0.06)
+    assert mixing(probability=0.0)(images, labels, 0) == (images, labels)
+    # pixels of CutMix are those of one image or the other
+    both = [mixing(mixup_alpha=5.0)(images, labels, step)[0] for step in range(250)]
+    cut = sum(bool((mixed == mixed.round()).all()) for mixed in both)
+    assert cut / 250 == pytest.approx(0.5, abs=0.1)
+
+
+def test_draws_follow_from_seed_step_and_rank_alone() -> None:
+    images, labels = numbered_batch()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = mixing()(images, labels, 7)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(9)
+    again = mixing()(images, labels, 7)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for mix, step in ((mixing(), 8), (mixing(seed=4), 7), (mixing(rank=1), 7)):
+        assert not torch.equal(first[0], mix(images, labels, step)[0])
+
+
+def test_seeds_of_streams_steps_and_ranks_all_differ() -> None:
+    seeds = {
+        StepSeed(seed, stream, rank)(step)
+        for seed in range(3)
+        for stream in (17, 18)
+        for rank in range(3)
+        for step in range(3)
+    }
+    assert len(seeds) == 54 and StepSeed(1, 17)(5) == StepSeed(1, 17)(5)
+
+
+def test_hits_are_counts_for_labels_and_weights_for_mixed_targets() -> None:
+    predicted, labels = torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2])
+    assert soft_hits(predicted, labels) == 2
+    assert soft_hits(predicted, F.one_hot(labels, 5).float()) == 2
+    soft = torch.tensor([[0.7, 0.3, 0.0], [0.5, 0.25, 0.25], [0.0, 1.0, 0.0]])
+    assert soft_hits(predicted, soft).item() == pytest.approx(0.95)
+
+
+# ---- image sizes ----
+
+
+@pytest.mark.parametrize(
+    ("sizes", "epochs", "expected"),
+    [
+        ((24, 28, 32), 6, [24, 24, 28, 28, 32, 32]),
+        ((24, 28, 32), 4, [24, 24, 28, 32]),
+        ((16, 32), 5, [16, 16, 16, 32, 32]),
+        ((20,), 2, [20, 20]),
+    ],
+)
+def test_each_size_has_an_equal_part_of_the_epochs(
+    sizes: tuple[int, ...], epochs: int, expected: list[int]
+) -> None:
+    progressive, images = ProgressiveSize(sizes, epochs, batches_per_epoch=3), torch.randn(2, 3, 32, 32)
+    for epoch, size in enumerate(expected):
+        for step in (3 * epoch, 3 * epoch + 2):
+            resized = progressive(images, step)
+            assert resized.shape == (2, 3, size, size) and (resized is images) == (size == 32)
+
+
+def test_resizing_averages_fine_patterns() -> None:
+    board = (torch.arange(32)[:, None] + torch.arange(32)) % 2
+    resized = ProgressiveSize((16,), 1, 1)(board.float().expand(1, 3, 32, 32), 0)
+    assert (resized - 0.5).abs().max() < 0.05  # without antialiasing it would be 0 and 1
+
+
+# ---- distillation ----
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_the_distillation_gradient_is_hintons(temperature: float) -> None:
+    """d/dz of the mean over images: T (softmax(z / T) - softmax(v / T)) / N; 0 for equal networks."""
+    torch.manual_seed(0)
+    logits, teacher_logits = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7) * 3
+    distillation_loss(logits, teacher_logits, temperature).backward()
+    difference = (logits / temperature).softmax(1) - (teacher_logits / temperature).softmax(1)
+    torch.testing.assert_close(logits.grad, temperature * difference.detach() / 5)
+    assert distillation_loss(teacher_logits, teacher_logits + 5, temperature).abs() < 1e-5
+
+
+def test_the_teacher_is_weighted_by_alpha_and_stays_as_it_was() -> None:
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten(), nn.LazyLinear(6)]
+    teacher, images, labels = nn.Sequential(*layers), torch.randn(4, 3, 8, 8), torch.arange(4)
+    teacher(images)
+    before = copy.deepcopy(teacher.state_dict())
+    logits = torch.randn(4, 6, requires_grad=True)
+    loss = F.cross_entropy(logits, labels)
+    with torch.no_grad():
+        soft = distillation_loss(logits, copy.deepcopy(teacher).eval()(images), 4.0)
+    for alpha in (0.0, 0.3, 1.0):
+        total = Distillation(teacher, alpha=alpha, temperature=4.0)(loss, logits, images)
+        torch.testing.assert_close(total, (1 - alpha) * loss + alpha * soft)
+    Distillation(teacher, alpha=0.9, temperature=4.0, precision="bf16")(loss, logits, images).backward()
+    assert not teacher.training and all(value.grad is None for value in teacher.parameters())
+    assert equal_states(before, teacher)
+
+
+# ---- SAM ----
+
+CURVATURE = torch.tensor([[1.0, 10.0]])
+
+
+class Quadratic(nn.Module):
+    """loss = (a w0^2 + b w1^2) / 2 + bias^2 / 2, so its gradient is CURVATURE x weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[3.0, -2.0]]))
+        self.bias = nn.Parameter(torch.tensor([0.5]))
+
+    def compute_gradients(self) -> None:
+        self.zero_grad(set_to_none=True)
+        ((CURVATURE * self.weight**2).sum() / 2 + (self.bias**2).sum() / 2).backward()
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sam_takes_the_gradient_a_step_uphill_and_restores_the_weights(adaptive: bool) -> None:
+    """e = rho T^2 g / |T g|, where T is 1 for SAM and for biases, |w| + 0.01 for ASAM's weights."""
+    model = Quadratic()
+    before = copy.deepcopy(model.state_dict())
+    model.compute_gradients()
+    SharpnessAware(model, 0.3, adaptive=adaptive)(model.compute_gradients)
+    w = before["weight"][0]
+    g, t = w * CURVATURE[0], w.abs() + 0.01 if adaptive else torch.ones(2)
+    norm = math.sqrt(float(((t * g) ** 2).sum()) + 0.5**2)
+    torch.testing.assert_close(model.weight.grad[0], CURVATURE[0] * (w + 0.3 * t**2 * g / norm))
+    assert model.bias.grad.item() == pytest.approx(0.5 + 0.3 * 0.5 / norm)
+    assert equal_states(before, model)
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    model = Quadratic()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    model.compute_gradients()
+    SharpnessAware(model, 0.1)(model.compute_gradients)
+    assert torch.equal(model.weight.grad, torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_batchnorm_statistics_are_those_of_the_first_pass(adaptive: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
+    images = torch.randn(6, 3, 5, 5)
+    model(images)
+
+    def compute_gradients() -> None:
+        model.zero_grad()
+        model(images).square().mean().backward()
+
+    compute_gradients()
+    after_first, first = copy.deepcopy(model[1].state_dict()), model[0].weight.grad.clone()
+    SharpnessAware(model, 0.5, adaptive=adaptive)(compute_gradients)
+    assert equal_states(after_first, model[1]) and not torch.equal(first, model[0].weight.grad)
+    compute_gradients()
+    assert model[1].num_batches_tracked == after_first["num_batches_tracked"] + 1
+
+
+def test_frozen_statistics_normalise_by_the_batch_and_thaw_after_an_error() -> None:
+    norm = nn.BatchNorm1d(3)
+    with pytest.raises(ZeroDivisionError), frozen_bn_statistics(norm):
+        out = norm(torch.randn(50, 3) * 7 + 5)
+        assert out.mean().abs() < 1e-5 and torch.equal(norm.running_mean, torch.zeros(3))
+        raise ZeroDivisionError
+    norm(torch.randn(50, 3) + 5)
+    assert norm.running_mean.mean() > 0.3
+
+
+@pytest.mark.parametrize("kind", ["sam", "asam"])
+def test_the_radius_is_the_papers_unless_it_is_given(kind: str) -> None:
+    for rho, expected in ((None, SAM_RHO[kind]), (0.7, 0.7)):
+        recipe = Recipe(sam=kind, sam_rho=rho)
+        sam = build_techniques(recipe, Quadratic(), classes=100, batches_per_epoch=1).sam
+        assert (sam.rho, sam.adaptive) == (expected, kind == "asam")
+
+
+# ---- averages of weights ----
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 4, 5))
+
+
+def perturb(model: nn.Module) -> dict[str, Tensor]:
+    """Move every weight and statistic at random; returns what they are then."""
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            value.add_(torch.randn_like(value) if value.is_floating_point() else 1)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_the_moving_average_is_its_formula_with_buffers() -> None:
+    model = small_network()
+    averaging = Averaging(model, ema_decay=0.3)
+    assert averaging.network is model
+    expected = None
+    for step, decay in enumerate([0, 2 / 11, 3 / 12, 0.3, 0.3, 0.3], start=1):  # less than 0.3 at first
+        now = perturb(model)
+        averaging(step)
+        expected = expected or now
+        for name, value in now.items():  # BatchNorm's counter is copied
+            floating = value.is_floating_point()
+            expected[name] = decay * expected[name] + (1 - decay) * value if floating else value
+        averaging.refresh()  # changes nothing
+        torch.testing.assert_close(dict(averaging.network.state_dict()), expected)
+
+
+def test_the_decay_rises_to_the_one_asked_for() -> None:
+    decays = [decay_after(count, 0.99) for count in (1, 10, 100, 889, 890, 10_000)]
+    assert decays == sorted(decays)
+    assert decays[0] == pytest.approx(2 / 11) and decays[2] == pytest.approx(101 / 110)
+    assert decays[3] < 0.99 and decays[4:] == [0.99, 0.99]
+
+
+def test_swa_is_the_mean_of_the_epochs_ends_with_statistics_of_its_own() -> None:
+    model, images = small_network(), torch.randn(20, 3, 2, 2)
+    bn_batches = [(images[:10], torch.zeros(10)), (images[10:], torch.zeros(10))]
+    averaging = Averaging(model, swa_start=3, batches_per_epoch=4, bn_batches=bn_batches)
+    ends = []
+    for step in range(1, 6 * 4 + 1):
+        now = perturb(model)
+        averaging(step)
+        if step % 4 == 0 and step // 4 >= 3:
+            ends.append(now)
+        assert (averaging.network is model) == (not ends)
+    for name, value in averaging.network.named_parameters():
+        torch.testing.assert_close(value.detach(), torch.stack([end[name] for end in ends]).mean(0))
+    averaging.refresh()
+    outputs, norm = averaging.network[0](images), averaging.network[1]
+    torch.testing.assert_close(norm.running_mean, outputs.mean((0, 2, 3)).detach())
+    assert norm.momentum == 0.1 and equal_states(now, model)
+
+
+@pytest.mark.parametrize("choice", [{"ema_decay": 0.7}, {"swa_start": 1}])
+def test_a_restored_average_resumes_exactly(choice: dict) -> None:
+    model = small_network()
+    one, two = Averaging(model, **choice), Averaging(model, **choice)
+    for step in (1, 2, 3):
+        perturb(model)
+        one(step)
+    two.restore(copy.deepcopy(one.state()), "x.pth")
+    for step in (4, 5):
+        perturb(model)
+        one(step)
+        two(step)
+    assert equal_states(one.state()["model"], two.state()["model"]) and two.state()["count"] == 5
+
+
+@pytest.mark.parametrize("state", [{}, {"model": {}}, {"model": 3, "count": 1}, {"count": 1}])
+def test_a_foreign_average_is_refused(state: dict) -> None:
+    with pytest.raises((RunError, KeyError, TypeError, ValueError)):
+        Averaging(small_network(), ema_decay=0.7).restore(state, "x.pth")
