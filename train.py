@@ -33,11 +33,12 @@ from dialogue import answer_questions, choose_files, load_data, resume_command
 from model import build_model, count_parameters
 from training import checkpoint as ckpt
 from training.engine import TrainStep, evaluate, train_one_epoch
-from training.flags import DEFAULT_NAME, apply_preset, build_parser, check_resume_flags, recipe_from
+from training.flags import build_parser
 from training.history import analyse
-from training.recipe import Recipe
+from training.presets import apply_preset
+from training.recipe import Recipe, check_resume_flags, recipe_from
 from training.run import Interrupted, Run
-from training.run_files import RunFiles
+from training.run_files import DEFAULT_NAME, RunFiles
 from training.techniques import build_techniques
 from training.tensorboard_log import TensorBoard
 from utils import choose_workers, make_test_batches, make_train_loader

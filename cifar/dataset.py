@@ -18,7 +18,7 @@ from cifar.archive import extract, md5_of
 from cifar.download import DownloadFailed, fetch
 from core.errors import RunError, UsageError
 
-DATASETS = ("cifar100", "synthetic")
+DATASETS = {"cifar100": (50_000, 10_000), "synthetic": (10_000, 2_000)}  # training and test images
 NUM_CLASSES = 100
 
 # Per channel (R, G, B) over the training images, on the 0-1 scale: the figures that most CIFAR-100

@@ -11,6 +11,7 @@ from core.errors import RunError
 from core.files import atomic_write, atomic_write_text
 from training import checkpoint as ckpt
 
+DEFAULT_NAME = "CNN_Model"
 # A run keeps about this many times the bytes of its network's weights: the last state, the one before it and
 # the temporary file of the next one, of three each (weights, momentum, best weights); the best weights; the
 # results. The plots and the table come on top.
