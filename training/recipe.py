@@ -76,12 +76,8 @@ class Recipe:
         UsageError: a value is of a wrong type or out of range, or two values contradict each other.
     """
 
-    model: str = option(
-        "resnet56", f"network: {', '.join(sorted(MODELS))}", choices=sorted(MODELS), metavar="NAME"
-    )
-    dataset: str = data(
-        "cifar100", "cifar100, or synthetic images for machines without it", choices=tuple(DATASETS)
-    )
+    model: str = option("resnet56", f"network: {', '.join(sorted(MODELS))}", choices=MODELS, metavar="NAME")
+    dataset: str = data("cifar100", "cifar100, or synthetic images for machines without it", choices=DATASETS)
     limit_train: int | None = data(
         None, "train on a class-balanced subset of N images", limits=(1, MAX_TRAIN)
     )
