@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from core.cli import whole_number
+from core.cli import Parser, add_data_folder, whole_number
 from core.errors import UsageError
 from core.machine import choose_compile, choose_device, native_bf16
 from model import MODELS
-from training.flags import Parser, add_data_folder
 from training.recipe import Recipe
 from utils import choose_workers
 

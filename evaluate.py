@@ -22,7 +22,17 @@ import numpy as np
 import torch
 
 from cifar.dataset import ImageData, Split, balanced_subset, load_dataset
-from core.cli import LOG, run_main, start_log, whole_number
+from core.cli import (
+    LOG,
+    Parser,
+    add_data_folder,
+    add_processor,
+    add_weights,
+    plain_name,
+    run_main,
+    start_log,
+    whole_number,
+)
 from core.errors import RunError
 from core.files import atomic_write_text
 from core.machine import choose_device, device_name, precision_name, set_up_torch
@@ -32,10 +42,10 @@ from inspection.report import Evaluation, confused_pairs, score_rows, write_repo
 from model import count_parameters
 from training.checkpoint import versions
 from training.engine import Metrics
-from training.flags import DEFAULT_NAME, Parser, add_data_folder, add_processor, add_weights, plain_name
 from training.recipe import Recipe
 from training.recorded import Reproduction, compare, history_rows, weights_epoch
 from training.run import RunFiles
+from training.settings import DEFAULT_NAME
 from training.trained import LoadedModel, find_weights, load_model
 from utils import make_test_batches
 

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 
-from core.cli import LOG, run_main, start_log, whole_number
+from core.cli import LOG, Parser, plain_name, run_main, start_log, whole_number
 from core.errors import RunError, UsageError
 from core.files import atomic_write_text
 from model import MODELS, build_model, count_macs, count_parameters
-from training.flags import Parser, plain_name
 from training.presets import PRESETS
 from training.run import RunFiles
 

@@ -34,7 +34,7 @@ from cifar.dataset import (
     balanced_subset,
     load_dataset,
 )
-from core.cli import LOG, progress_bar, run_main, start_log, whole_number
+from core.cli import LOG, Parser, add_data_dir, add_weights, progress_bar, run_main, start_log, whole_number
 from core.errors import RunError, UsageError
 from core.files import atomic_write
 from exporting import (
@@ -48,7 +48,6 @@ from exporting import (
     to_torch_export,
     to_torchscript,
 )
-from training.flags import Parser, add_data_dir, add_weights
 from training.trained import LoadedModel, find_weights, load_model
 from utils import normalize
 

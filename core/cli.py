@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -28,6 +28,8 @@ MAX_ANSWER = 4096
 MAX_ATTEMPTS = 100
 # How long other processes than the main one wait before they print an error.
 ERROR_DELAY_S = 2.0
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("fp32", "bf16")
 
 
 def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> T:
@@ -150,6 +152,75 @@ def as_answer(parse: Callable[[str], T], what: str) -> Callable[[str], T]:
             raise ValueError(f"{what} {error}. Please answer again.") from None
 
     return parse_answer
+
+
+def plain_name(text: str) -> str:
+    """A flag type: a name that is safe as the beginning of file names."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}", text):
+        raise argparse.ArgumentTypeError(
+            f"takes up to 80 letters, digits, '.', '_' or '-', not {printable(text)!r}"
+        )
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; exit code 2 as usual."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` on one line and exit with 2."""
+        # argparse quotes some arguments as they are: line breaks, terminal codes, a megabyte
+        self.exit(2, f"{self.prog}: error: {printable(message, 300)} (see {self.prog} --help)\n")
+
+
+def add_data_dir(group: argparse._ActionsContainer, folder_help: str) -> None:
+    """Add --data-dir, for every script that reads the data set."""
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("CIFAR_DATA") or "data"),
+        metavar="DIR",
+        help=f"{folder_help} (default: $CIFAR_DATA, else data)",
+    )
+
+
+def add_data_folder(group: argparse._ActionsContainer) -> None:
+    """Add --data-dir and --data-url, for the scripts that may download the data set."""
+    add_data_dir(group, "folder with cifar-100-python/; it is downloaded there if missing")
+    group.add_argument(
+        "--data-url",
+        default=os.environ.get("CIFAR100_URL") or None,
+        metavar="URL",
+        help="try this address or local archive first (default: $CIFAR100_URL)",
+    )
+
+
+def add_weights(group: argparse._ActionsContainer, folder_help: str) -> None:
+    """Add --weights and --output-dir, for the scripts that use a trained network."""
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint of train.py (default: the best run in the output folder, else the included weights)",
+    )
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("output"),
+        metavar="DIR",
+        help=f"{folder_help} (default: output)",
+    )
+
+
+def add_device(group: argparse._ActionsContainer) -> None:
+    """Add --device, for the scripts that compute."""
+    text = "where to compute; auto: CUDA if available, else MPS, else the CPU (default: auto)"
+    group.add_argument("--device", choices=DEVICES, default="auto", help=text)
+
+
+def add_processor(group: argparse._ActionsContainer) -> None:
+    """Add --device and --precision, for the scripts that compute with a trained network."""
+    add_device(group)
+    group.add_argument("--precision", choices=PRECISIONS, help="(default: as the run was tested)")
 
 
 class Interrupts:

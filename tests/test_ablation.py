@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import experiments
-from training.flags import build_parser
+from training.settings import build_parser
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = (DOCS / "ablation.md").read_text("utf-8")

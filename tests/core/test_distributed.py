@@ -252,8 +252,8 @@ def test_each_process_draws_its_own_augmentations_on_its_own_part() -> None:
 
 def in_two_processes(folder: Path, worker: str) -> list[dict]:
     """The `result` of the Python code `worker` on each of two ranks; it may use small_net and `rank`."""
-    before = "import torch\nfrom core import distributed\nfrom helpers import small_net\nrank = distributed.rank()\n"
-    before += "torch.set_num_threads(1)\ndistributed.start(torch.device('cpu'))\n"
+    before = "import torch\nfrom core import distributed\nfrom helpers import small_net\n"
+    before += "rank = distributed.rank()\ntorch.set_num_threads(1)\ndistributed.start(torch.device('cpu'))\n"
     after = "\ntorch.save(result, f'rank{rank}.pt')\ndistributed.stop()\n"
     paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": paths}

@@ -1,6 +1,7 @@
-"""Recipes by name: what overrides what; each runs end to end, and goes on exactly after it was cut off."""
+"""Presets: what overrides what; each trains end to end, and optional techniques resume exactly."""
 
 import csv
+import itertools
 import signal
 from pathlib import Path
 
@@ -9,31 +10,20 @@ import pytest
 from core.errors import UsageError
 from helpers.driver import QUICK, Driver, digests
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.flags import apply_preset, build_parser, recipe_from
-from training.presets import PRESETS, presets_table
-from training.recipe import Recipe
+from training.presets import PRESETS, apply_preset, preset_values, presets_table
+from training.recipe import Recipe, recipe_from
+from training.settings import build_parser
 
 KILL, INT = int(signal.SIGKILL), int(signal.SIGINT)
 SMALL = ["--model", "resnet8", "--limit-train", "100", "--batch-size", "20", "--workers", "0", "--yes"]
 # All that has a state of its own or draws at random, in two runs, since SWA and EMA exclude each other.
-BEYOND = {
-    "moving average": [
-        *("--scheduler", "cosine", "--warmup-epochs", "1", "--mix", "both", "--mix-probability", "0.8"),
-        *(
-            "--ema-decay",
-            "0.9",
-            "--sam",
-            "asam",
-            "--clip-norm",
-            "1",
-            "--drop-path",
-            "0.2",
-            "--accumulate",
-            "2",
-        ),
-        *("--image-sizes", "24", "32", "--no-decay-bn", "--val-split", "20", "--limit-train", "120"),
-    ],
-    "equal average": ["--swa-start", "2", "--zero-init-residual", "--label-smoothing", "0.1"],
+TECHNIQUES = {
+    "moving average": (
+        "--scheduler cosine --warmup-epochs 1 --mix both --mix-probability 0.8 --ema-decay 0.9 --sam asam "
+        "--clip-norm 1 --drop-path 0.2 --accumulate 2 --image-sizes 24 32 --no-decay-bn --val-split 20 "
+        "--limit-train 120"
+    ),
+    "equal average": "--swa-start 2 --zero-init-residual --label-smoothing 0.1",
 }
 
 
@@ -46,44 +36,56 @@ def test_reference_is_exactly_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_each_value_of_a_group_reaches_the_recipe(name: str) -> None:
+def test_the_help_shows_the_flags_that_make_the_recipe(name: str) -> None:
+    text = presets_table()
+    (start,) = [text.index(f"\n  {name}: ")]
+    lines = text[start + 1 :].split("\n  ")[1:]
+    flags = [line for line in itertools.takewhile(lambda line: line.startswith("    --"), lines)]
     made = recipe("--recipe", name)
-    assert {key: getattr(made, key) for key in PRESETS[name]} == PRESETS[name]
+    assert recipe(*" ".join(flags).split()) == made == Recipe(**preset_values(name))
+    assert max(map(len, text.splitlines())) < 90
+
+
+def test_fast_is_a_short_one_cycle() -> None:
+    made = recipe("--recipe", "fast")
+    assert (made.epochs, made.scheduler, made.lr, made.decay_bn) == (20, "onecycle", 0.3, False)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--epochs", "1"],
-        ["--scheduler", "multistep"],
-        ["--scheduler", "multistep", "--milestones", "3"],
-        ["--scheduler", "onecycle", "--max-lr", "0.2"],
-        ["--swa-start", "1"],
-        ["--model", "resnet20"],
-        ["--mix", "none"],
-        ["--sam", "none"],
-        ["--decay-bn"],
-        ["--ema-decay", "0"],
+        "--epochs 1",
+        "--scheduler multistep",
+        "--scheduler multistep --milestones 3",
+        "--scheduler onecycle --max-lr 0.2",
+        "--swa-start 1",
+        "--model resnet20",
+        "--mix none",
+        "--sam none",
+        "--decay-bn",
+        "--ema-decay 0",
     ],
 )
-def test_a_flag_beside_a_recipe_overrides_it(name: str, flags: list[str]) -> None:
-    made = recipe("--recipe", name, *flags)
-    alone = recipe(*flags)
-    for flag in flags[::2]:
+def test_a_flag_beside_a_recipe_overrides_it(name: str, flags: str) -> None:
+    made, alone = recipe("--recipe", name, *flags.split()), recipe(*flags.split())
+    for flag in flags.split()[::2]:
         field = flag[2:].replace("-", "_")
         assert getattr(made, field) == getattr(alone, field)
 
 
-def test_the_table_in_the_help_gives_flags_that_make_the_recipe() -> None:
-    blocks = presets_table().split("\n  ")[1:]
-    names = [block.split(":")[0] for block in blocks if not block.startswith(" ")]
-    assert names == list(PRESETS)
-    text = presets_table() + "\n  end:"
-    for name, following in zip(PRESETS, [*list(PRESETS)[1:], "end"], strict=True):
-        part = text[text.index(f"\n  {name}:") : text.index(f"\n  {following}:")]
-        assert recipe(*" ".join(part.splitlines()[2:]).split()) == recipe("--recipe", name)
-    assert max(map(len, presets_table().splitlines())) < 90
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        ("--epochs 5", "warmup_epochs", 0),  # the warm-up would last longer than the run
+        ("--scheduler onecycle", "warmup_epochs", 0),
+        ("--swa-start 9", "ema_decay", 0.0),
+        ("--scheduler onecycle --max-lr 0.2", "lr", 0.1),
+        ("--epochs 6", "warmup_epochs", 5),
+    ],
+)
+def test_a_flag_drops_what_it_leaves_without_meaning(flags: str, field: str, value: float) -> None:
+    assert getattr(recipe("--recipe", "best", *flags.split()), field) == value
 
 
 def test_a_resumed_run_takes_no_recipe() -> None:
@@ -99,13 +101,13 @@ def test_each_recipe_trains_end_to_end(driver: Driver, tmp_path: Path, name: str
     (row,) = csv.DictReader((tmp_path / "CNN_Model_history.csv").open())
     stored = load_checkpoint(tmp_path / "CNN_Model_best.pth")["recipe"]
     assert ("ema_test_acc_percent" in row) == (stored["ema_decay"] > 0) == (name != "reference")
-    assert (stored["epochs"], stored["sam"]) == (1, PRESETS[name].get("sam", "none"))
+    assert (stored["epochs"], stored["sam"]) == (1, "asam" if name == "best" else "none")
 
 
-@pytest.mark.parametrize("kind", BEYOND)
-def test_a_run_that_was_cut_off_goes_on_exactly(driver: Driver, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", TECHNIQUES)
+def test_an_interrupted_run_resumes_exactly(driver: Driver, tmp_path: Path, kind: str) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = [*QUICK, *BEYOND[kind], "--epochs", "4"]
+    flags = [*QUICK, *TECHNIQUES[kind].split(), "--epochs", "4"]
     code, output = driver.run([*flags, "--output-dir", whole], tmp_path / "output")
     assert code == 0, output
     flags = [*flags, "--output-dir", cut]
@@ -121,7 +123,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(driver: Driver, tmp_path: Path, 
     assert state["average"]["count"] == {"moving average": 20, "equal average": 3}[kind]
 
 
-def test_a_teacher_is_learnt_from_and_must_know_the_same_classes(driver: Driver, tmp_path: Path) -> None:
+def test_a_teacher_is_learned_from_and_must_know_the_same_classes(driver: Driver, tmp_path: Path) -> None:
     code, output = driver.run([*QUICK, "--epochs", "1", "--output-dir", tmp_path], tmp_path / "output")
     assert code == 0, output
     teacher = ["--teacher", tmp_path / "CNN_Model_best.pth", "--name", "student"]
