@@ -8,11 +8,11 @@ from torch import nn
 from cifar.dataset import ImageData, Split
 from core import distributed
 from core.errors import RunError, UsageError
+from training.checkpoint import load_model
 from training.engine import Metrics, evaluate
 from training.recipe import Recipe
 from training.run import Run
 from training.run_files import RunFiles
-from training.trained import load_model
 from utils import make_test_batches
 
 # Images, of the training set, that SWA's BatchNorm statistics are measured on after each epoch.

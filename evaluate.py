@@ -25,18 +25,17 @@ from cifar.dataset import ImageData, Split, balanced_subset, load_dataset
 from core.cli import LOG, run_main, start_log, whole_number
 from core.errors import RunError
 from core.files import atomic_write_text
-from core.machine import choose_device, set_up_torch
+from core.machine import choose_device, set_up_torch, versions
 from inspection.inference import VIEWS, averaged_log_probabilities, timed_logits
 from inspection.metrics import Scores, confusion_matrix, per_class, score
 from inspection.report import Evaluation, confused_pairs, score_rows, write_report
 from model import count_parameters
-from training.checkpoint import versions
+from training.checkpoint import LoadedModel, find_weights, load_model
 from training.engine import Metrics
 from training.flags import DEFAULT_NAME, Parser, add_data_folder, add_processor, add_weights, plain_name
 from training.recipe import Recipe
 from training.recorded import Reproduction, compare, history_rows, weights_epoch
 from training.run_files import RunFiles
-from training.trained import LoadedModel, find_weights, load_model
 from utils import make_test_batches
 
 UNITS = {"top1": "percent", "top5": "percent", "superclass": "percent", "loss": "nats per image"}

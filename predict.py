@@ -31,9 +31,9 @@ from core.errors import RunError, UsageError
 from core.machine import choose_device, set_up_torch
 from image_files import Found, Picture, find_images, lines_of, read_image
 from inspection.evaluation_plots import plot_prediction
+from training.checkpoint import LoadedModel, find_weights, load_model
 from training.engine import autocast
 from training.flags import Parser, add_processor, add_weights
-from training.trained import LoadedModel, find_weights, load_model
 from utils import normalize
 
 PREVIEW_PX = 384  # the longer side of an image drawn beside its bars

@@ -28,7 +28,7 @@ from core import distributed
 from core.cli import LOG, Interrupts, run_main, start_log
 from core.errors import RunError, UsageError
 from core.files import RunLock, remove_temporary_files
-from core.machine import choose_compile, choose_device, native_bf16, set_up_torch
+from core.machine import choose_compile, choose_device, code_version, native_bf16, set_up_torch, versions
 from dialogue import answer_questions, choose_files, load_data, resume_command
 from model import build_model, count_parameters
 from training import checkpoint as ckpt
@@ -262,8 +262,8 @@ def say_what_is_trained(
         f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.non_default_note}"
     )
     LOG.info(f"Command: {shlex.join(['python', *sys.argv])}")
-    versions = {"code": ckpt.commit(), **ckpt.versions()}
-    LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    used = {"code": code_version(), **versions()}
+    LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in used.items()))
 
 
 def start_run(
@@ -313,7 +313,7 @@ def start_run(
         checkpoint_every_s=60 * args.checkpoint_every,
         extra={
             "compile": use_compile,
-            "commit": ckpt.commit(),
+            "commit": code_version(),
             "classes": list(data.classes),
             "superclasses": list(data.superclasses),
             "superclass_of": data.superclass_of.tolist(),

@@ -14,6 +14,7 @@ from core import distributed
 from core.cli import LOG, Interrupts
 from core.errors import RunError
 from core.files import atomic_write_text
+from core.machine import versions
 from inspection.curves import plot_history
 from training import checkpoint as ckpt
 from training.engine import Metrics, Sums, TrainStep
@@ -97,7 +98,7 @@ class Run:
             "history": self.history,
             "best": self.best,
             "elapsed_s": self.elapsed_s,
-            "versions": ckpt.versions(),
+            "versions": versions(),
             **({"average": self.averaging.state()} if self.averaging else {}),
             **self.extra,
         }
@@ -283,7 +284,7 @@ class Run:
             "chosen_on": self.selection_split,
             "model": self.best["model"],
             "history": self.history,
-            "versions": ckpt.versions(),
+            "versions": versions(),
             **self.extra,
         }
 
