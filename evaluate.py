@@ -35,18 +35,17 @@ from core.cli import (
 )
 from core.errors import RunError
 from core.files import atomic_write_text
-from core.machine import choose_device, device_name, precision_name, set_up_torch
+from core.machine import choose_device, device_name, precision_name, set_up_torch, versions
 from inspection.inference import VIEWS, averaged_log_probabilities, timed_logits
 from inspection.metrics import Scores, confusion_matrix, per_class, score
 from inspection.report import Evaluation, confused_pairs, score_rows, write_report
 from model import count_parameters
-from training.checkpoint import versions
+from training.checkpoint import LoadedModel, find_weights, load_model
 from training.engine import Metrics
 from training.recipe import Recipe
 from training.recorded import Reproduction, compare, history_rows, weights_epoch
 from training.run import RunFiles
 from training.settings import DEFAULT_NAME
-from training.trained import LoadedModel, find_weights, load_model
 from utils import make_test_batches
 
 UNITS = {"top1": "percent", "top5": "percent", "superclass": "percent", "loss": "nats per image"}

@@ -48,7 +48,7 @@ from exporting import (
     to_torch_export,
     to_torchscript,
 )
-from training.trained import LoadedModel, find_weights, load_model
+from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
 
 LIMIT = 1e-4  # of an output's difference: rounding explains 1e-5 for logits of 10, as trained networks give

@@ -31,7 +31,7 @@ from core.errors import RunError, UsageError, printable
 from core.machine import autocast, choose_device, set_up_torch
 from image_files import Found, Picture, find_images, lines_of, read_image
 from inspection.evaluation_plots import plot_prediction
-from training.trained import LoadedModel, find_weights, load_model
+from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
 
 PREVIEW_PX = 384  # the longer side of an image drawn beside its bars

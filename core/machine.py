@@ -1,10 +1,15 @@
-"""Which processor trains, at which precision, and torch's global switches for it."""
+"""The machine: processor and precision, torch's global switches, versions of the software and the code."""
 
 import contextlib
 import ctypes
+import functools
+import importlib.metadata
 import os
+import platform
 import random
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,3 +131,31 @@ def set_up_torch(seed: int, device: torch.device, *, deterministic: bool) -> Non
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a run's results to the bit, for its checkpoints and its log."""
+    packages = ("torch", "torchvision", "albumentations", "numpy", "opencv-python-headless")
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except ImportError:  # PackageNotFoundError, for another build of OpenCV, say
+            found[package] = "unknown"
+    return found
+
+
+@functools.cache
+def code_version() -> str:
+    """The commit of this code, with "-dirty" if files were changed since; "unknown" without git.
+
+    Determined once per process, so that the log and all checkpoints name the same commit.
+    """
+    folder = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
+    only_here = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # ignore an enclosing repository
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=only_here)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Before torch is imported: tests run side by side, and waiting threads would only slow the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from helpers.driver import Driver
     from helpers.small_run import Evaluated
 
-pytest.register_assert_rewrite("checkpoint_files")  # its asserts explain themselves too
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # In front of a script: cli without torch, which takes seconds to import, for scripts of one process.
@@ -161,24 +160,6 @@ def finder(quick: pytest.MonkeyPatch) -> list[str]:
     quick.setattr(train, "find_lr", find_lr)
     quick.setattr(train, "plot_lr_finder", lambda *arguments, **_: arguments[3])
     return ran
-
-
-@pytest.fixture(scope="module")
-def run_state() -> dict[str, Any]:
-    """What a run saves."""
-    from helpers.checkpoint_files import make_run_state
-
-    return make_run_state()
-
-
-@pytest.fixture(scope="module")
-def good_checkpoint(run_state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that holds `run_state`."""
-    from training.checkpoint import save_checkpoint
-
-    path = tmp_path_factory.mktemp("good") / "run_last.pth"
-    save_checkpoint(path, run_state)
-    return path
 
 
 @pytest.fixture

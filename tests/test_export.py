@@ -17,7 +17,7 @@ from conftest import TinyCifar
 from core.cli import run_main
 from core.errors import RunError, UsageError
 from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
-from training.trained import load_model
+from training.checkpoint import load_model
 from utils import normalize
 
 needs_onnx = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import torch
 from conftest import REPOSITORY
 from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
 from model import MODELS, build_model
-from training.trained import load_model
+from training.checkpoint import load_model
 
 NEEDED = ("hubconf.py", "model.py", "errors.py", "checkpoint.py", "files.py")
 

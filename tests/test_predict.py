@@ -19,7 +19,7 @@ from core.cli import run_main
 from core.errors import RunError, UsageError
 from helpers.tiny_checkpoint import CLASSES, SUPERCLASSES, save_tiny_checkpoint
 from image_files import Found, read_image
-from training.trained import LoadedModel, load_model
+from training.checkpoint import LoadedModel, load_model
 from utils import make_test_batches
 
 

@@ -10,9 +10,8 @@ import torch
 import evaluate
 from conftest import REPOSITORY
 from model import build_model
-from training.checkpoint import load_checkpoint
+from training.checkpoint import CARRIED_WEIGHTS, load_checkpoint, load_model
 from training.recipe import Recipe
-from training.trained import CARRIED_WEIGHTS, load_model
 
 FOLDER = REPOSITORY / "docs" / "reference_run"
 TABLE = ("epoch", "learning_rate", "train_loss", "train_acc_percent", "test_loss", "test_acc_percent")

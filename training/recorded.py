@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from core.machine import versions
 from inspection.curves import HELD_OUT_COLUMNS, REQUIRED_COLUMNS
-from training.checkpoint import versions
 from training.engine import Metrics
 from training.recipe import Recipe
 

@@ -18,6 +18,7 @@ from core import distributed
 from core.cli import LOG, Interrupts, ask_yes_no, is_interactive, plain_name
 from core.errors import RunError
 from core.files import RunLock, atomic_write_text, remove_temporary_files
+from core.machine import versions
 from training import checkpoint as ckpt
 from training.engine import Metrics, RunningTotals, TrainStep
 from training.history import epoch_line, history_csv
@@ -515,7 +516,7 @@ class Run:
             "history": self.history,
             "best": self.best,
             "elapsed_s": self.elapsed_s,
-            "versions": ckpt.versions(),
+            "versions": versions(),
             **({"average": self.averaging.state()} if self.averaging else {}),
             **self.extra,
         }
@@ -565,7 +566,7 @@ class Run:
             "chosen_on": self.recipe.selection_split,
             "model": self.best["model"],
             "history": self.history,
-            "versions": ckpt.versions(),
+            "versions": versions(),
             **self.extra,
         }
 

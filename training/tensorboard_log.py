@@ -1,5 +1,6 @@
-"""A run in TensorBoard, for --tensorboard: curves, gradients, augmented images, the network's graph."""
+"""TensorBoard logs, for --tensorboard: curves, gradients, augmented images, the network's graph."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ SHOWN_IMAGES = 64
 
 
 class TensorBoard:
-    """Event files in `folder`; steps are epochs, from 1.
+    """Event files in `folder`; steps are epochs, counted from 1.
 
-    A resumed run passes the epoch that it goes on with: later entries of the killed process are then hidden.
+    A resumed run passes the epoch that it resumes with: TensorBoard then hides what an earlier process logged
+    from that epoch on.
 
     Raises:
         UsageError: the package tensorboard is not installed.
@@ -27,35 +29,34 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UsageError("--tensorboard needs one more package: pip install tensorboard") from None
+            raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
         self.writer = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def show_start(self, model: nn.Module, loader: DataLoader, epoch: int) -> None:
-        """Write the graph of `model` and the first augmented images of `epoch`, as the network gets them."""
+        """Log the graph of `model` and the first augmented images of `epoch`, uint8 [B, 32, 32, 3]."""
         sampler, dataset = loader.batch_sampler, loader.dataset
         sampler.set_epoch(epoch)
-        images, _ = dataset.__getitems__(next(iter(sampler)))  # uint8 [B, 32, 32, 3]
+        images, _ = dataset.__getitems__(next(iter(sampler)))
         self.writer.add_images("augmented training images", images[:SHOWN_IMAGES], epoch, dataformats="NHWC")
-        self._add_graph(model)
-        self.writer.flush()
-
-    def _add_graph(self, model: nn.Module) -> None:
-        device = next(model.parameters()).device
-        training = model.training
-        model.eval()  # tracing a training network would move its BatchNorm statistics
+        training, device = model.training, next(model.parameters()).device
+        model.eval()  # in training mode, tracing would update the BatchNorm statistics
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch calls its own tracer deprecated
+            warnings.simplefilter("ignore")  # torch.jit.trace, which add_graph uses, is deprecated
             self.writer.add_graph(model, torch.zeros(1, 3, 32, 32, device=device))
         model.train(training)
+        self.writer.flush()
 
     def add_epoch(self, row: Mapping[str, Any], model: nn.Module) -> None:
-        """Write a history row, and the gradients that the epoch's last batch left: no pass of their own."""
+        """Log a history row, "train_loss" as "loss/train", and histograms of the last batch's gradients.
+
+        Only weights of two or more dimensions get a histogram: the convolutions and the last layer.
+        """
         epoch = row["epoch"]
         for name, value in row.items():
             if name != "epoch":
-                self.writer.add_scalar(_tag(name), value, epoch)
+                # train and test under one prefix, so that TensorBoard shows their charts side by side
+                self.writer.add_scalar(re.sub(r"(.+)_(loss|acc_percent)$", r"\2/\1", name), value, epoch)
         for name, weight in model.named_parameters():
-            # of several thousand values only: the convolutions and the last layer
             if weight.grad is not None and weight.ndim > 1:
                 self.writer.add_histogram(f"gradients/{name}", weight.grad.float(), epoch)
         self.writer.flush()
@@ -63,11 +64,3 @@ class TensorBoard:
     def close(self) -> None:
         """Finish the event file."""
         self.writer.close()
-
-
-def _tag(column: str) -> str:
-    """ "train_loss" as "loss/train", so that TensorBoard draws what belongs together side by side."""
-    for ending in ("loss", "acc_percent"):
-        if column.endswith(f"_{ending}"):
-            return f"{ending}/{column.removesuffix(f'_{ending}')}"
-    return column

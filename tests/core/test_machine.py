@@ -1,9 +1,10 @@
-"""The choice of device, precision and compilation, and the seeding of torch."""
+"""The choice of device, precision and compilation, the seeding of torch, the versions that a run names."""
 
 import builtins
 import io
 import platform
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,12 @@ from core.errors import UsageError
 from core.machine import (
     choose_compile,
     choose_device,
+    code_version,
     device_name,
     native_bf16,
     precision_name,
     set_up_torch,
+    versions,
 )
 
 REPOSITORY = Path(device.__file__).resolve().parent
@@ -176,3 +179,38 @@ def test_determinism_is_switched_on_only_when_asked_for(monkeypatch: pytest.Monk
         assert device.os.environ["CUBLAS_WORKSPACE_CONFIG"] == "kept"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_versions_are_plain_strings() -> None:
+    found = versions()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert all(type(value) is str for value in found.values())
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_code_version_is_the_commit_of_its_own_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    version = code_version.__wrapped__  # without its cache
+    code = tmp_path / "core" / "machine.py"
+    code.parent.mkdir()
+    code.write_text("1\n")
+    monkeypatch.setattr(device, "__file__", str(code))
+    assert version() == "unknown"
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "--short", "HEAD")
+    assert version() == head
+    code.write_text("2\n")
+    assert version() == f"{head}-dirty"
+    # a copy within another repository is not that repository's code
+    monkeypatch.setattr(device, "__file__", str(tmp_path / "copy" / "core" / "machine.py"))
+    (tmp_path / "copy").mkdir()
+    assert version() == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert version() == "unknown"

@@ -67,7 +67,7 @@ def draw_weights(model: torch.nn.Module) -> None:
 
 def conditions() -> dict[str, str]:
     """What may change the last bits of a loss: versions, and the processor and its instructions."""
-    from training.checkpoint import versions
+    from core.machine import versions
 
     processor, flags = platform.processor() or platform.machine(), ""
     try:

@@ -15,7 +15,7 @@ from cifar.dataset import balanced_subset, load_dataset
 from conftest import install_tiny_cifar, tiny_split
 from core.cli import Interrupts
 from model import build_model
-from training import trained
+from training import checkpoint
 from training.engine import Metrics, TrainStep
 from training.engine import evaluate as engine_evaluate
 from training.recipe import Recipe
@@ -91,7 +91,7 @@ def evaluate_small_run(patch: pytest.MonkeyPatch, folder: Path, data_dir: Path) 
     recipe = Recipe(model="resnet20", epochs=2, limit_test=150, test_batch_size=64, seed=3)
     run = make_run(folder, data, recipe, "small")
     # the run is on part of the images, which the carried weights come before
-    patch.setattr(trained, "CARRIED_WEIGHTS", folder / "none.pth")
+    patch.setattr(checkpoint, "CARRIED_WEIGHTS", folder / "none.pth")
     done = Evaluated(folder, data_dir, run, -1, {})
     code = evaluate.main([*done.flags, "--tta", "--json", str(folder / "figures.json")])
     figures = json.loads((folder / "figures.json").read_text())

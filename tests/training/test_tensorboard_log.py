@@ -1,4 +1,4 @@
-"""--tensorboard: the event file is read back."""
+"""--tensorboard: what is logged is in the event file."""
 
 import sys
 
@@ -16,10 +16,7 @@ from utils import make_train_loader, normalize
 ROW = {
     "epoch": 1,
     "learning_rate": 0.1,
-    "train_loss": 4.5,
-    "train_acc_percent": 2.5,
-    "test_loss": 4.25,
-    "test_acc_percent": 3.125,
+    **{"train_loss": 4.5, "train_acc_percent": 2.5, "test_loss": 4.25, "test_acc_percent": 3.125},
 }
 
 
@@ -69,7 +66,7 @@ def test_everything_is_in_the_event_file(tmp_path, loader):
     assert (shown.width, shown.height) == (8 * 32, 32)  # the batch of 8 in one row
 
 
-def test_a_resumed_run_hides_what_the_killed_one_wrote_later(tmp_path, loader):
+def test_a_resumed_run_hides_what_the_killed_one_wrote_later(tmp_path):
     pytest.importorskip("tensorboard")
     model = build_model("resnet20")
     first = TensorBoard(tmp_path)
