@@ -66,7 +66,10 @@ def _on_accelerator(value: Any) -> bool:
 
 
 def _with_digest(archive: bytes) -> bytes:
-    """`archive`, which has no comment, with its digest as the comment; the last two bytes are its length."""
+    """`archive`, whose comment is empty, with its digest as the comment.
+
+    The last two bytes of an archive give the length of the comment that follows them.
+    """
     comment = COMMENT + hashlib.sha256(archive).hexdigest().encode()
     return archive[:-2] + struct.pack("<H", COMMENT_LENGTH) + comment
 
@@ -76,7 +79,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         RunError: the file is missing, damaged, not a checkpoint of this project, written by a newer version,
-            or holds anything but plain data.
+            or refers to code or types that `torch.load(weights_only=True)` does not allow.
     """
     archive = _read_archive(Path(path))
     try:
@@ -90,9 +93,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except RunError:
         raise
     except pickle.UnpicklingError:
-        raise RunError(
-            f"{path} carries code or unknown data: refused; use a file written by train.py"
-        ) from None
+        raise RunError(f"{path} carries code or unknown types: refused; use a file of train.py") from None
     except Exception as error:  # zipfile and torch.load raise many types on a corrupt file
         raise RunError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict) or not isinstance(state.get("format_version"), int):
