@@ -87,7 +87,7 @@ def test_the_first_line_says_what_is_trained(finished: Finished) -> None:
 def test_the_first_line_names_tf32(tf32_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(train.LOG, "info", lines.append)
-    train.say_what_is_trained(Recipe(), stand_in_network(BasicBlock), tf32_gpu, range(300), range(200))
+    train.log_header(Recipe(), stand_in_network(BasicBlock), tf32_gpu, images=(300, 200))
     assert lines[0].startswith("Device: Some GPU, fp32 (TF32) | Network: ")
 
 

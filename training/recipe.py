@@ -47,13 +47,15 @@ def option(
     Args:
         default: its value where the flag is not given; --help shows it unless `help` does.
         help: what the flag does; None: a script defines the flag itself.
-        limits: the smallest and the largest value, or item of a tuple.
+        limits: the smallest and the largest number, of each item where the field holds several.
+        choices: the accepted words.
         parse: an argparse type that checks the text of the flag.
     """
     metadata = {"help": help, "group": group, "limits": limits, "choices": choices, "metavar": metavar}
     return dataclasses.field(default=default, metadata={**metadata, "parse": parse})
 
 
+# the options of two other groups
 data, technique = functools.partial(option, group=DATA), functools.partial(option, group=TECHNIQUES)
 
 

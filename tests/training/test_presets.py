@@ -1,7 +1,6 @@
 """Presets: what overrides what; each trains end to end, and optional techniques resume exactly."""
 
 import csv
-import itertools
 import signal
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from core.errors import UsageError
 from helpers.driver import QUICK, Driver, digests
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.presets import PRESETS, apply_preset, preset_values, presets_table
-from training.recipe import Recipe, recipe_from
+from training.recipe import Recipe, given_flags, recipe_from
 from training.settings import build_parser
 
 KILL, INT = int(signal.SIGKILL), int(signal.SIGINT)
@@ -28,7 +27,7 @@ TECHNIQUES = {
 
 
 def recipe(*argv: str) -> Recipe:
-    return recipe_from(apply_preset(build_parser().parse_args(list(argv))), "fp32")
+    return recipe_from(given_flags(apply_preset(build_parser().parse_args(list(argv)))))
 
 
 def test_reference_is_exactly_the_defaults() -> None:
@@ -37,55 +36,27 @@ def test_reference_is_exactly_the_defaults() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_help_shows_the_flags_that_make_the_recipe(name: str) -> None:
-    text = presets_table()
-    (start,) = [text.index(f"\n  {name}: ")]
-    lines = text[start + 1 :].split("\n  ")[1:]
-    flags = [line for line in itertools.takewhile(lambda line: line.startswith("    --"), lines)]
-    made = recipe("--recipe", name)
-    assert recipe(*" ".join(flags).split()) == made == Recipe(**preset_values(name))
-    assert max(map(len, text.splitlines())) < 90
-
-
-def test_fast_is_a_short_one_cycle() -> None:
-    made = recipe("--recipe", "fast")
-    assert (made.epochs, made.scheduler, made.lr, made.decay_bn) == (20, "onecycle", 0.3, False)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--epochs 1",
-        "--scheduler multistep",
-        "--scheduler multistep --milestones 3",
-        "--scheduler onecycle --max-lr 0.2",
-        "--swa-start 1",
-        "--model resnet20",
-        "--mix none",
-        "--sam none",
-        "--decay-bn",
-        "--ema-decay 0",
-    ],
-)
-def test_a_flag_beside_a_recipe_overrides_it(name: str, flags: str) -> None:
-    made, alone = recipe("--recipe", name, *flags.split()), recipe(*flags.split())
-    for flag in flags.split()[::2]:
-        field = flag[2:].replace("-", "_")
-        assert getattr(made, field) == getattr(alone, field)
+    goal, flags = PRESETS[name]
+    assert f"\n  {name}: {goal}{flags}" in presets_table()
+    assert recipe("--recipe", name) == recipe(*flags.split()) == Recipe(**preset_values(name))
 
 
 @pytest.mark.parametrize(
-    ("flags", "field", "value"),
+    ("flags", "expected"),
     [
-        ("--epochs 5", "warmup_epochs", 0),  # the warm-up would last longer than the run
-        ("--scheduler onecycle", "warmup_epochs", 0),
-        ("--swa-start 9", "ema_decay", 0.0),
-        ("--scheduler onecycle --max-lr 0.2", "lr", 0.1),
-        ("--epochs 6", "warmup_epochs", 5),
+        ("--model resnet20 --mix none", {"model": "resnet20", "mix": "none", "sam": "asam"}),
+        ("--sam none --decay-bn --ema-decay 0", {"sam": "none", "decay_bn": True, "ema_decay": 0}),
+        # and the values that the flags leave without meaning
+        ("--epochs 6", {"epochs": 6, "warmup_epochs": 5}),
+        ("--epochs 5", {"epochs": 5, "warmup_epochs": 0}),
+        ("--scheduler multistep --milestones 3", {"milestones": (3,), "warmup_epochs": 0}),
+        ("--scheduler onecycle --max-lr 0.2", {"max_lr": 0.2, "lr": 0.1, "warmup_epochs": 0}),
+        ("--swa-start 1", {"swa_start": 1, "ema_decay": 0}),
     ],
 )
-def test_a_flag_drops_what_it_leaves_without_meaning(flags: str, field: str, value: float) -> None:
-    assert getattr(recipe("--recipe", "best", *flags.split()), field) == value
+def test_flags_beside_a_recipe_override_it(flags: str, expected: dict) -> None:
+    made = {name: recipe("--recipe", name, *flags.split()) for name in PRESETS}
+    assert {name: getattr(made["best"], name) for name in expected} == expected
 
 
 def test_a_resumed_run_takes_no_recipe() -> None:
