@@ -13,7 +13,6 @@ differs by more than 1e-4, no file is written. With --int8 the change in accurac
 import argparse
 import contextlib
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -47,7 +46,7 @@ LATENCY_BATCHES = (1, 128)
 WARM_UP_ROUNDS, MIN_ROUNDS, MAX_ROUNDS, MAX_TIMING_S = 3, 3, 50, 3.0
 EXTENSIONS = {"onnx": ".onnx", "torchscript": ".torchscript", "torch-export": ".pt2"}
 META = "meta.json"  # the entry of the file that describes it, as JSON
-# Opset 17 (2022) is written by every torch from 2.4 on, and read by onnxruntime from 1.12 on.
+# Opset 17 (2022) is read by onnxruntime from 1.12 on.
 ONNX_OPSET = 17
 Network = Callable[[torch.Tensor], torch.Tensor]  # a batch in, logits or probabilities out
 
@@ -117,9 +116,10 @@ def main(argv: list[str] | None = None) -> int:
         content = to_int8(content, to_input(images).numpy(), meta)
     exported = load_exported(content, args.format)
     images, labels, what = images_to_check(data, args.check_images)
-    LOG.info(f"Checked on {len(images):,} {what}:")
-    compare(model, exported, to_input(images), labels, "int8" if args.int8 else args.format)
-    log_latency(model, exported, to_input(images), args.format)
+    LOG.info(f"Comparing on {len(images):,} {what}:")
+    inputs = to_input(images)
+    compare(model, exported, inputs, labels, "int8" if args.int8 else args.format)
+    log_latency(model, exported, inputs, args.format)
     with atomic_write(target) as file:
         file.write(content)
     weight_bytes = sum(value.nbytes for value in model.state_dict().values())
@@ -237,13 +237,11 @@ def to_onnx(model: nn.Module, example: torch.Tensor, meta: dict[str, Any]) -> by
     "probabilities"; the first dimension of both is free.
 
     By torch's exporter of TorchScript graphs: it takes 1 s where the one of torch.export graphs takes half a
-    minute, folds BatchNorm, needs no package but onnx, and every torch from 2.4 on has it.
+    minute, folds BatchNorm and needs no package but onnx.
     """
     import onnx
 
     output = "probabilities" if example.dtype == torch.uint8 else "logits"
-    # torch 2.4 does not know the argument; newer versions use the other exporter without it
-    choice = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     buffer = io.BytesIO()
     with _quiet():
         torch.onnx.export(
@@ -254,7 +252,7 @@ def to_onnx(model: nn.Module, example: torch.Tensor, meta: dict[str, Any]) -> by
             output_names=[output],
             opset_version=ONNX_OPSET,
             dynamic_axes={"images": {0: "batch"}, output: {0: "batch"}},
-            **choice,
+            dynamo=False,
         )
     proto = onnx.load_from_string(buffer.getvalue())
     onnx.checker.check_model(proto, full_check=True)
@@ -324,15 +322,13 @@ def load_exported(content: bytes, format_name: str) -> Network:
 def _quiet() -> Iterator[None]:
     """Without the exporters' warnings: that TorchScript is deprecated, that tracing fixes shapes (the check
     with other batch sizes would find that), quantisation's advice."""
-    root = logging.getLogger()
-    level = root.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        root.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            root.setLevel(level)
+            logging.disable(logging.NOTSET)
 
 
 @torch.inference_mode()

@@ -118,7 +118,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--topk {args.topk}: the network has {len(trained.classes)} classes")
     set_up_torch(trained.recipe.seed, device, deterministic=False)
     if args.save is not None:
-        make_folder(args.save)
+        try:
+            args.save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the folder {args.save}: {error.strerror}") from None
     if not args.json:
         data = trained.recipe.data_note
         say(f"{trained.recipe.model} from {printable(str(trained.path), 300)}, trained on {data}\n")
@@ -149,14 +152,6 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         say(f"predict.py: {failed:,} of {number:,} inputs could not be read\n", sys.stderr)
     return 1 if failed else 0
-
-
-def make_folder(folder: Path) -> None:
-    """Create `folder` and those above it, unless they exist; RunError, which says why, if that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
 def count_inputs(inputs: list[str]) -> int | None:
@@ -380,25 +375,29 @@ def compute_logits(trained: LoadedModel, images: np.ndarray, precision: str) -> 
 
 def as_table(result: Result, trained: LoadedModel) -> str:
     """The path, and below it a line for each class: rank, probability, class, superclass."""
-    lines = [printable(result.path, 300)]
-    width = max(len(name) for name in trained.classes)
-    for rank, (name, superclass, _, probability) in enumerate(_rows(result, trained), start=1):
-        lines.append(f"{rank:>4}  {100 * probability:6.2f} %  {name:<{width}}  {superclass}")
-    return "\n".join(lines) + "\n"
+    text, width = f"{printable(result.path, 300)}\n", max(len(name) for name in trained.classes)
+    for rank, row in enumerate(_rows(result, trained), start=1):
+        percent = 100 * row["probability"]
+        text += f"{rank:>4}  {percent:6.2f} %  {row['class']:<{width}}  {row['superclass']}\n"
+    return text
 
 
 def as_json(result: Result, trained: LoadedModel) -> str:
     """The result as one line of JSON: {"path": ..., "predictions": [{"class", "superclass", "label",
     "probability"}, ...]}, the most likely class first."""
-    keys = ("class", "superclass", "label", "probability")
-    rows = [dict(zip(keys, row, strict=True)) for row in _rows(result, trained)]
-    return json.dumps({"path": result.path, "predictions": rows}) + "\n"
+    return json.dumps({"path": result.path, "predictions": _rows(result, trained)}) + "\n"
 
 
-def _rows(result: Result, trained: LoadedModel) -> Iterator[tuple[str, str, int, float]]:
-    for label, probability in zip(result.labels.tolist(), result.probabilities.tolist(), strict=True):
-        superclass = trained.superclasses[trained.superclass_of[label]]
-        yield trained.classes[label], superclass, label, probability
+def _rows(result: Result, trained: LoadedModel) -> list[dict[str, Any]]:
+    return [
+        {
+            "class": trained.classes[label],
+            "superclass": trained.superclasses[trained.superclass_of[label]],
+            "label": label,
+            "probability": probability,
+        }
+        for label, probability in zip(result.labels.tolist(), result.probabilities.tolist(), strict=True)
+    ]
 
 
 def save_drawing(result: Result, trained: LoadedModel, folder: Path, number: int) -> Path:

@@ -6,6 +6,7 @@ import json
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,9 +48,22 @@ def some_images(count: int) -> np.ndarray:
     return np.random.default_rng(5).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
+def metadata(content: bytes, format_name: str) -> dict[str, Any]:
+    if format_name != "onnx":
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        [name] = [name for name in archive.namelist() if name.endswith("meta.json")]
+        return json.loads(archive.read(name))
+    import onnx
+
+    proto = onnx.load_from_string(content)
+    assert proto.opset_import[0].version == export.ONNX_OPSET
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    return json.loads({entry.key: entry.value for entry in proto.metadata_props}["meta.json"])
+
+
 @pytest.mark.parametrize("with_preprocessing", [False, True])
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_the_file_computes_what_the_network_does(
+def test_the_file_computes_what_the_network_does_and_describes_itself(
     tmp_path: Path, weights: Path, format_name: str, with_preprocessing: bool
 ) -> None:
     flags = ["--format", format_name] + ["--with-preprocessing"] * with_preprocessing
@@ -58,7 +72,8 @@ def test_the_file_computes_what_the_network_does(
         assert run(weights, tmp_path, *flags) == 0
     name = "tiny" + "_preprocessing" * with_preprocessing + export.EXTENSIONS[format_name]
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    network = export.load_exported((tmp_path / name).read_bytes(), format_name)
+    content = (tmp_path / name).read_bytes()
+    network = export.load_exported(content, format_name)
     model = load_model(weights).model
     for count in (1, 2, 5):
         images = torch.from_numpy(some_images(count))
@@ -71,26 +86,8 @@ def test_the_file_computes_what_the_network_does(
         assert output.shape == (count, 100) and output.dtype == torch.float32
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
 
-
-@pytest.mark.parametrize("format_name", FORMATS)
-def test_the_file_says_what_it_is_and_not_where_it_was_made(
-    tmp_path: Path, weights: Path, format_name: str
-) -> None:
-    assert run(weights, tmp_path, "--format", format_name, "--output", tmp_path / "x") == 0
-    content = (tmp_path / "x").read_bytes()
-    if format_name == "onnx":
-        import onnx
-
-        proto = onnx.load_from_string(content)
-        meta = {entry.key: entry.value for entry in proto.metadata_props}["meta.json"]
-        assert proto.opset_import[0].version == export.ONNX_OPSET
-        assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-    else:
-        archive = zipfile.ZipFile(io.BytesIO(content))
-        [name] = [name for name in archive.namelist() if name.endswith("meta.json")]
-        meta = archive.read(name).decode()
-    assert json.loads(meta)["classes"] == list(CLASSES)
-    assert json.loads(meta)["trained_on"] == "CIFAR-100"
+    meta = metadata(content, format_name)
+    assert meta["classes"] == list(CLASSES) and meta["trained_on"] == "CIFAR-100"
     if format_name != "torchscript":  # TorchScript keeps the lines of its source, as torch writes it
         assert str(Path(export.__file__).parent).encode() not in content
 
@@ -132,7 +129,7 @@ def test_real_test_images_are_counted_and_int8_is_calibrated(
     tiny_cifar.lay(tmp_path)
     assert run(weights, tmp_path, check_images=100) == 0
     out = capsys.readouterr().out
-    assert "Checked on 100 test images of CIFAR-100" in out
+    assert "Comparing on 100 test images of CIFAR-100" in out
     assert "the same top-1 class for 100 of 100" in out and "(+0.00 points)" in out
 
     assert run(weights, tmp_path, "--int8", "--with-preprocessing", check_images=100) == 0
@@ -154,7 +151,7 @@ def test_random_images_where_there_is_no_data(
 ) -> None:
     assert run(weights, tmp_path, "--format", "torchscript") == 0
     out = capsys.readouterr().out
-    assert "Checked on 9 random images" in out and "correct in PyTorch" not in out
+    assert "Comparing on 9 random images" in out and "correct in PyTorch" not in out
     assert "Latency" in out and "speed-up" in out and "tiny.torchscript, 1." in out
 
 

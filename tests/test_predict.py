@@ -5,8 +5,9 @@ import io
 import itertools
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 import predict
 from cifar.dataset import Split
 from core.cli import run_main
-from core.errors import RunError, UsageError
+from core.errors import RunError
 from helpers.tiny_checkpoint import CLASSES, SUPERCLASSES, save_tiny_checkpoint
 from predict import Result, find_images, read_image
 from training.trained import LoadedModel, load_model
@@ -34,16 +35,29 @@ def trained(weights: Path) -> LoadedModel:
     return load_model(weights)
 
 
-def save_all(images: np.ndarray, folder: Path) -> list[Path]:
-    paths = [folder / f"{number:02d}.png" for number in range(len(images))]
-    for image, path in zip(images, paths, strict=True):
+@pytest.fixture
+def paths(tmp_path: Path, few_images: np.ndarray) -> list[Path]:
+    """The files of `few_images`."""
+    paths = [tmp_path / f"{number:02d}.png" for number in range(len(few_images))]
+    for image, path in zip(few_images, paths, strict=True):
         Image.fromarray(image).save(path)
     return paths
 
 
-def run(argv: list[object], weights: Path) -> int:
-    arguments = [str(argument) for argument in argv]
-    return run_main(lambda: predict.main([*arguments, "--weights", str(weights)]), "predict.py")
+Run = Callable[..., tuple[int, list[str], list[str]]]
+
+
+@pytest.fixture
+def run(weights: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs predict.py: the exit code, and the lines on standard output and standard error."""
+
+    def run(*argv: object) -> tuple[int, list[str], list[str]]:
+        arguments = [str(argument) for argument in (*argv, "--weights", weights)]
+        code = run_main(lambda: predict.main(arguments), "predict.py")
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return run
 
 
 # --- finding --------------------------------------------------------------------------------------
@@ -184,9 +198,9 @@ def test_decompression_bombs_and_odd_files_are_refused(
 
 
 def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(
-    tmp_path: Path, trained: LoadedModel, few_images: np.ndarray
+    paths: list[Path], trained: LoadedModel, few_images: np.ndarray
 ) -> None:
-    read = np.stack([read_image(str(path)).pixels for path in save_all(few_images, tmp_path)])
+    read = np.stack([read_image(str(path)).pixels for path in paths])
     np.testing.assert_array_equal(read, few_images)
     [(batch, _)] = make_test_batches(Split(few_images, np.zeros(20, np.int64)), 20, "cpu")
     with torch.inference_mode():
@@ -198,16 +212,11 @@ def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(
 
 
 def test_json_gives_probabilities_of_the_logits(
-    tmp_path: Path,
-    weights: Path,
-    trained: LoadedModel,
-    few_images: np.ndarray,
-    capsys: pytest.CaptureFixture[str],
+    paths: list[Path], run: Run, trained: LoadedModel, few_images: np.ndarray
 ) -> None:
-    paths = save_all(few_images, tmp_path)
-    assert run([*paths, "--json", "--topk", 3], weights) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["path"] for line in lines] == [str(path) for path in paths]
+    code, out, _ = run(*paths, "--json", "--topk", 3)
+    lines = [json.loads(line) for line in out]
+    assert code == 0 and [line["path"] for line in lines] == [str(path) for path in paths]
     expected = predict.compute_logits(trained, few_images, "fp32").softmax(1)
     assert len({line["predictions"][0]["label"] for line in lines}) > 1  # else the test shows little
     for line, probabilities in zip(lines, expected, strict=True):
@@ -239,34 +248,32 @@ def test_corrupt_weights_are_an_error(trained: LoadedModel) -> None:
 # --- what comes out -------------------------------------------------------------------------------
 
 
-def test_table_names_class_and_superclass(
-    tmp_path: Path, weights: Path, few_images: np.ndarray, capsys: pytest.CaptureFixture[str]
+def test_table_names_class_and_superclass_by_the_best_run(
+    tmp_path: Path, weights: Path, paths: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    [path] = save_all(few_images[:1], tmp_path)
-    assert run([path], weights) == 0
+    shutil.copy(weights, tmp_path)
+    assert predict.main([str(paths[0]), "--output-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "resnet20" in lines[0] and "CIFAR-100" in lines[0]
-    assert lines[1] == str(path) and len(lines) == 7
+    assert lines[0] == f"resnet20 from {tmp_path}/tiny_best.pth, trained on CIFAR-100"
+    assert lines[1] == str(paths[0]) and len(lines) == 7
     rank, percent, sign, name, superclass = lines[2].split()
     assert (rank, sign) == ("1", "%") and 1 <= float(percent) <= 100
     assert superclass == SUPERCLASSES[CLASSES.index(name) % 20]
 
 
-def test_what_cannot_be_read_is_reported_and_the_rest_goes_on(
-    tmp_path: Path, weights: Path, few_images: np.ndarray, capsys: pytest.CaptureFixture[str]
+def test_unreadable_files_are_reported_and_the_others_classified(
+    tmp_path: Path, run: Run, paths: list[Path]
 ) -> None:
-    first, second = save_all(few_images[:2], tmp_path)
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(first.read_bytes()[:200])
-    (tmp_path / "empty").mkdir()
-    notes = tmp_path / "notes.txt"
+    broken, missing, empty, notes = (
+        tmp_path / name for name in ("broken.png", "missing.png", "empty", "notes")
+    )
+    broken.write_bytes(paths[0].read_bytes()[:200])
+    empty.mkdir()
     notes.write_text("no image")
-    missing = tmp_path / "missing.png"
-    pattern, empty = f"{tmp_path}/*.jpg", tmp_path / "empty"
-    assert run([first, broken, missing, empty, notes, pattern, second, "--json"], weights) == 1
-    out, err = capsys.readouterr()
-    assert [json.loads(line)["path"] for line in out.splitlines()] == [str(first), str(second)]
-    *errors, last = err.splitlines()
+    pattern = f"{tmp_path}/*.jpg"
+    code, out, err = run(paths[0], broken, missing, empty, notes, pattern, paths[1], "--json")
+    assert code == 1 and [json.loads(line)["path"] for line in out] == [str(path) for path in paths[:2]]
+    *errors, last = err
     assert "5 of 7" in last
     reasons = ("truncated", "no such file", "no image files", "not an image", "no file matches")
     for line, path, reason in zip(errors, (broken, missing, empty, notes, pattern), reasons, strict=True):
@@ -274,64 +281,49 @@ def test_what_cannot_be_read_is_reported_and_the_rest_goes_on(
 
 
 def test_paths_on_standard_input(
-    tmp_path: Path,
-    weights: Path,
-    few_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, run: Run, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    odd = tmp_path / os.fsdecode(b"na\xefve [1]*.png")  # no UTF-8, and a pattern if it were an argument
-    with odd.open("wb") as file:
-        Image.fromarray(few_images[0]).save(file, format="PNG")
+    odd = tmp_path / os.fsdecode(b"na\xefve [1]*.png")  # not UTF-8, and a pattern if it were an argument
+    paths[0].rename(odd)
     stdin = type("Stdin", (), {"buffer": io.BytesIO(os.fsencode(odd) + b"\n\r\n\nnone.png\n")})
     monkeypatch.setattr(sys, "stdin", stdin)
-    assert run(["-", "--json"], weights) == 1
-    out, err = capsys.readouterr()
-    assert json.loads(out)["path"] == str(odd)
-    assert "none.png: no such file" in err and "1 of 2" in err
+    code, [line], err = run("-", "--json")
+    assert code == 1 and json.loads(line)["path"] == str(odd)
+    assert "none.png: no such file" in err[0] and "1 of 2" in err[1]
 
 
+@pytest.mark.parametrize(
+    ("stdin", "message"), [(io.TextIOWrapper(io.BytesIO(b"")), "no image was named"), (None, "closed")]
+)
 def test_an_empty_list_is_an_error(
-    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, monkeypatch: pytest.MonkeyPatch, stdin: io.TextIOWrapper | None, message: str
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    assert run(["-"], weights) == 1
-    monkeypatch.setattr(sys, "stdin", None)
-    assert run(["-"], weights) == 1
-    err = capsys.readouterr().err.splitlines()
-    assert "no image was named" in err[0] and "closed" in err[1]
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, _, [line] = run("-")
+    assert code == 1 and message in line
 
 
 def test_save_draws_each_image_under_a_name_of_its_own(
-    tmp_path: Path, weights: Path, few_images: np.ndarray, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run: Run, few_images: np.ndarray
 ) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         Image.fromarray(few_images[0]).resize((900, 600)).save(tmp_path / folder / "same name.png")
     out = tmp_path / "deep" / "out"
-    assert run([tmp_path / "a", tmp_path / "b", "--save", out], weights) == 0
+    assert run(tmp_path / "a", tmp_path / "b", "--save", out)[0] == 0
     assert sorted(path.name for path in out.iterdir()) == ["00001_same_name.png", "00002_same_name.png"]
     with Image.open(out / "00001_same_name.png") as drawing:
         assert drawing.width > 900
+
+
+def test_wrong_usage_is_one_line(tmp_path: Path, run: Run) -> None:
     (tmp_path / "file").write_text("")
-    assert run([tmp_path / "a", "--save", tmp_path / "file"], weights) == 1
-    assert "cannot make the folder" in capsys.readouterr().err
-
-
-def test_wrong_usage(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has 100 classes"):
-        predict.main(["x.png", "--topk", "101", "--weights", str(weights)])
-    with pytest.raises(RunError, match="does not exist"):
-        predict.main(["x.png", "--weights", str(tmp_path / "none.pth")])
-
-
-def test_weights_default_to_the_best_run(
-    tmp_path: Path, few_images: np.ndarray, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_tiny_checkpoint(tmp_path / "tiny_best.pth")
-    [path] = save_all(few_images[:1], tmp_path)
-    assert predict.main([str(path), "--output-dir", str(tmp_path)]) == 0
-    assert f"{tmp_path}/tiny_best.pth" in capsys.readouterr().out
+    for argv, code, message in (
+        (["--topk", 101], 2, "the network has 100 classes"),
+        (["--save", tmp_path / "file"], 1, "cannot make the folder"),
+    ):
+        found, _, [line] = run("x.png", *argv)
+        assert found == code and message in line
 
 
 # --- bounded memory -------------------------------------------------------------------------------
