@@ -1,23 +1,29 @@
-"""Turn a trained network into a file that other programs run, and check it on the spot.
+"""Export a trained network to a file that other programs run, and verify it on the spot.
 
     python export.py --format onnx                        the best run's network as output/NAME.onnx
     python export.py --format onnx --with-preprocessing   uint8 pixels in, probabilities out
-    python export.py --format onnx --int8                 in 8-bit integers, calibrated on training images
+    python export.py --format onnx --int8                 8-bit integers, calibrated on training images
     python export.py --format torchscript                 for torch.jit.load, in C++ too
     python export.py --format torch-export                for torch.export.load
 
-The file is compared with the network that it comes from, on test images and with several batch sizes; where
-an output differs by more than 1e-4 it is not written. With --int8 the change in accuracy is printed instead.
+The exported network is compared with the original on test images and with several batch sizes; if an output
+differs by more than 1e-4, no file is written. With --int8 the change in accuracy is printed instead.
 """
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import itertools
+import json
+import logging
 import re
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,67 +31,40 @@ import numpy as np
 import torch
 from torch import nn
 
-from cifar.dataset import (
-    ARCHIVE,
-    CIFAR100_MEAN,
-    CIFAR100_STD,
-    FOLDER,
-    ImageData,
-    balanced_subset,
-    load_dataset,
-)
+from cifar import dataset
 from core.cli import LOG, Parser, add_data_dir, add_weights, progress_bar, run_main, start_log, whole_number
 from core.errors import RunError, UsageError
 from core.files import atomic_write
-from exporting import (
-    ENDINGS,
-    Exported,
-    WithPreprocessing,
-    load_exported,
-    require_packages,
-    to_int8,
-    to_onnx,
-    to_torch_export,
-    to_torchscript,
-)
 from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
 
-LIMIT = 1e-4  # of an output's difference: rounding explains 1e-5 for logits of 10, as trained networks give
-CALIBRATION_IMAGES = 500  # five a class: the ranges hardly change with more
+MAX_DIFFERENCE = 1e-4  # of an output: rounding explains 1e-5 for logits of 10, as trained networks give
+CALIBRATION_IMAGES = 500  # five per class: the ranges hardly change with more
 LATENCY_BATCHES = (1, 128)
 # TorchScript compiles itself during the first calls.
-WARM_UP_ROUNDS, MIN_ROUNDS, MAX_ROUNDS, TIMING_S = 3, 3, 50, 3.0
-PACKAGES = {"onnx": ("onnx", "onnxruntime")}  # beside the project's own
-EXPORTERS = {"onnx": to_onnx, "torchscript": to_torchscript, "torch-export": to_torch_export}
-EXAMPLE = np.zeros((2, 32, 32, 3), dtype=np.uint8)  # of one image, torch.export would keep the 1
-ToInput = Callable[[np.ndarray], torch.Tensor]  # uint8 [N, 32, 32, 3] to what the network takes
-
-
-@dataclass(frozen=True, eq=False)
-class Checked:
-    """The images to check with: uint8 [N, 32, 32, 3], their labels int64 [N] if known, and what they are."""
-
-    images: np.ndarray
-    labels: np.ndarray | None
-    what: str
+WARM_UP_ROUNDS, MIN_ROUNDS, MAX_ROUNDS, MAX_TIMING_S = 3, 3, 50, 3.0
+EXTENSIONS = {"onnx": ".onnx", "torchscript": ".torchscript", "torch-export": ".pt2"}
+META = "meta.json"  # the entry of the file that describes it, as JSON
+# Opset 17 (2022) is read by onnxruntime from 1.12 on.
+ONNX_OPSET = 17
+Network = Callable[[torch.Tensor], torch.Tensor]  # a batch in, logits or probabilities out
 
 
 def build_parser() -> Parser:
     """The parser of export.py."""
     parser = Parser(
         prog="export.py",
-        description="Turn a trained network into a file that other programs run, checked on the spot.",
+        description="Export a trained network to a file that other programs run, and verify it on the spot.",
         epilog="Input: normalised float32 [N, 3, 32, 32], output: logits; with --with-preprocessing uint8 "
         "RGB pixels [N, 32, 32, 3] and probabilities. N is free. The class names are in the metadata.",
         allow_abbrev=False,
     )
     add_weights(parser, "folder of the runs, and for the file where --output is not given")
-    parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="(default: onnx)")
+    parser.add_argument("--format", choices=tuple(EXTENSIONS), default="onnx", help="(default: onnx)")
     parser.add_argument(
         "--with-preprocessing",
         action="store_true",
-        help="put normalisation and softmax into the file: uint8 RGB [N, 32, 32, 3] in, probabilities out",
+        help="include normalisation and softmax: uint8 RGB [N, 32, 32, 3] in, probabilities out",
     )
     parser.add_argument(
         "--int8",
@@ -96,8 +75,8 @@ def build_parser() -> Parser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="file to write; one that is there is replaced (default: NAME, _preprocessing, _int8 and the "
-        f"format's ending, {', '.join(ENDINGS.values())}, in the output folder)",
+        help="file to write, replaced if it exists (default: NAME, _preprocessing, _int8 and the format's "
+        f"extension, {', '.join(EXTENSIONS.values())}, in the output folder)",
     )
     parser.add_argument(
         "--check-images",
@@ -113,9 +92,10 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Export, compare, time, and only then write."""
     args = build_parser().parse_args(argv)
-    if args.int8 and args.format != "onnx":
+    if args.format == "onnx":
+        require_packages("onnx", "onnxruntime")
+    elif args.int8:
         raise UsageError(f"--int8 goes with --format onnx only, not {args.format}")
-    require_packages(PACKAGES.get(args.format, ()), f"--format {args.format}")
     start_log(None)
     trained = load_model(args.weights or find_weights(args.output_dir))
     target = args.output or args.output_dir / default_name(args, trained)
@@ -125,63 +105,78 @@ def main(argv: list[str] | None = None) -> int:
     if args.int8 and data is None:
         raise RunError(f"--int8 needs training images, and {args.data_dir} has none: pass --data-dir")
 
-    model: nn.Module = trained.model
-    to_input: ToInput = normalised
-    if args.with_preprocessing:
-        model, to_input = WithPreprocessing(model).eval(), torch.from_numpy
-    checked = images_to_check(data, args.check_images)
+    model: nn.Module = WithPreprocessing(trained.model).eval() if args.with_preprocessing else trained.model
+    to_input = torch.tensor if args.with_preprocessing else normalised
     meta = describe(trained, args.with_preprocessing)
-    content = EXPORTERS[args.format](model, to_input(EXAMPLE), meta)
+    example = to_input(np.zeros((2, 32, 32, 3), np.uint8))  # of one image, torch.export would keep the 1
+    content = EXPORTERS[args.format](model, example, meta)
     if args.int8:
-        images = balanced_subset(data.train, min(CALIBRATION_IMAGES, len(data.train)), seed=0).images
-        content = to_int8(content, to_input(images).contiguous().numpy(), meta)
+        images = dataset.balanced_subset(data.train, min(CALIBRATION_IMAGES, len(data.train)), seed=0).images
+        content = to_int8(content, to_input(images).numpy(), meta)
     exported = load_exported(content, args.format)
-    compare(model, exported, to_input, checked, "int8" if args.int8 else args.format)
-    say_latency(model, exported, to_input(checked.images), args.format)
+    images, labels, what = images_to_check(data, args.check_images)
+    LOG.info(f"Comparing on {len(images):,} {what}:")
+    inputs = to_input(images)
+    compare(model, exported, inputs, labels, "int8" if args.int8 else args.format)
+    log_latency(model, exported, inputs, args.format)
     with atomic_write(target) as file:
         file.write(content)
-    LOG.info(f"Written: {target}, {len(content) / 1e6:.2f} MB ({weight_megabytes(model):.2f} MB of weights)")
+    weight_bytes = sum(value.nbytes for value in model.state_dict().values())
+    LOG.info(f"Written: {target}, {len(content) / 1e6:.2f} MB ({weight_bytes / 1e6:.2f} MB of weights)")
     return 0
 
 
+def require_packages(*names: str) -> None:
+    """Check that optional packages are installed, without importing them.
+
+    Raises:
+        RunError: naming those that are missing and how to install them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RunError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
 def default_name(args: argparse.Namespace, trained: LoadedModel) -> str:
-    """The file's name: that of the run, what is special, the format's ending."""
+    """The file's name: the run's, the options, the format's extension."""
     run = re.sub(r"[^A-Za-z0-9._-]", "_", str(trained.state.get("name") or trained.recipe.model))
-    special = "_preprocessing" * args.with_preprocessing + "_int8" * args.int8
-    return run + special + ENDINGS[args.format]
+    options = "_preprocessing" * args.with_preprocessing + "_int8" * args.int8
+    return run + options + EXTENSIONS[args.format]
 
 
-def find_data(trained: LoadedModel, data_dir: Path) -> ImageData | None:
+def find_data(trained: LoadedModel, data_dir: Path) -> dataset.ImageData | None:
     """The data that the network was trained on, if it is here or can be drawn; nothing is downloaded."""
     name = trained.recipe.dataset
-    if name == "cifar100" and not ((data_dir / FOLDER).is_dir() or (data_dir / ARCHIVE).is_file()):
+    if name == "cifar100" and not (
+        (data_dir / dataset.FOLDER).is_dir() or (data_dir / dataset.ARCHIVE).is_file()
+    ):
         return None
-    data = load_dataset(name, data_dir)
+    data = dataset.load_dataset(name, data_dir)
     if len(data.classes) != len(trained.classes):
         raise RunError(f"{trained.path} has {len(trained.classes)} classes, the data {len(data.classes)}")
     return data
 
 
-def images_to_check(data: ImageData | None, count: int) -> Checked:
-    """The first `count` test images, or random pixels where there is no data."""
+def images_to_check(data: dataset.ImageData | None, count: int) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """The first `count` test images, uint8 [N, 32, 32, 3], their labels int64 [N], and what they are; random
+    pixels without labels if there is no data."""
     if data is None:
         pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        return Checked(pixels, None, "random images (CIFAR-100 is not in --data-dir)")
+        return pixels, None, "random images (CIFAR-100 is not in --data-dir)"
     what = "test images of CIFAR-100" if data.name == "cifar100" else "synthetic test images (not CIFAR-100)"
-    return Checked(data.test.images[:count], data.test.labels[:count], what)
+    return data.test.images[:count], data.test.labels[:count], what
 
 
 def describe(trained: LoadedModel, with_preprocessing: bool) -> dict[str, Any]:
     """What a user of the file needs to know, as plain types."""
+    pixels, normalised = "uint8 RGB [N, 32, 32, 3]", "float32 RGB [N, 3, 32, 32], (level / 255 - mean) / std"
     return {
         "network": trained.recipe.model,
         "trained_on": trained.recipe.data_note,
-        "input": "uint8 RGB [N, 32, 32, 3]"
-        if with_preprocessing
-        else "float32 RGB [N, 3, 32, 32], (level / 255 - mean) / std",
+        "input": pixels if with_preprocessing else normalised,
         "output": "probabilities [N, classes]" if with_preprocessing else "logits [N, classes]",
-        "mean": list(CIFAR100_MEAN),
-        "std": list(CIFAR100_STD),
+        "mean": list(dataset.CIFAR100_MEAN),
+        "std": list(dataset.CIFAR100_STD),
         "classes": list(trained.classes),
         "superclasses": list(trained.superclasses),
         "superclass_of": list(trained.superclass_of),
@@ -193,72 +188,209 @@ def normalised(images: np.ndarray) -> torch.Tensor:
     return normalize(torch.tensor(images)).contiguous()
 
 
+class WithPreprocessing(nn.Module):
+    """`model` from pixels to probabilities: uint8 [N, 32, 32, 3] RGB in, float32 [N, classes] out, sum 1.
+
+    Channels come last (NHWC), as image libraries read them and this project keeps them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        # utils.normalize as one multiplication and one subtraction. The constants are buffers, so that each
+        # format carries them; not an addition, since to_int8 makes those of the network 8-bit.
+        mean = torch.tensor(dataset.CIFAR100_MEAN, dtype=torch.float64)
+        std = torch.tensor(dataset.CIFAR100_STD, dtype=torch.float64)
+        self.register_buffer("scale", (1 / (255 * std)).float())
+        self.register_buffer("shift", (mean / std).float())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Probabilities float32 [N, classes] of `images` (uint8 [N, 32, 32, 3])."""
+        normalised = images.float() * self.scale - self.shift
+        return self.model(normalised.permute(0, 3, 1, 2)).softmax(1)
+
+
+def to_torchscript(model: nn.Module, example: torch.Tensor, meta: dict[str, Any]) -> bytes:
+    """`model` traced and frozen, BatchNorm folded into the convolutions, for torch.jit.load (in C++ too)."""
+    buffer = io.BytesIO()
+    with _quiet(), torch.no_grad():
+        frozen = torch.jit.freeze(torch.jit.trace(model, example, check_trace=False))
+        torch.jit.save(frozen, buffer, _extra_files={META: json.dumps(meta)})
+    return buffer.getvalue()
+
+
+def to_torch_export(model: nn.Module, example: torch.Tensor, meta: dict[str, Any]) -> bytes:
+    """`model` as torch.export's graph of ATen operators: torch.export.load(...).module() runs it."""
+    buffer = io.BytesIO()
+    with _quiet():
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # it would carry this machine's paths into the file
+        torch.export.save(program, buffer, extra_files={META: json.dumps(meta)})
+    return buffer.getvalue()
+
+
+def to_onnx(model: nn.Module, example: torch.Tensor, meta: dict[str, Any]) -> bytes:
+    """`model` as ONNX with opset ONNX_OPSET: input "images", output "logits" or, for a uint8 `example`,
+    "probabilities"; the first dimension of both is free.
+
+    By torch's exporter of TorchScript graphs: it takes 1 s where the one of torch.export graphs takes half a
+    minute, folds BatchNorm and needs no package but onnx.
+    """
+    import onnx
+
+    output = "probabilities" if example.dtype == torch.uint8 else "logits"
+    buffer = io.BytesIO()
+    with _quiet():
+        torch.onnx.export(
+            model,
+            (example,),
+            buffer,
+            input_names=["images"],
+            output_names=[output],
+            opset_version=ONNX_OPSET,
+            dynamic_axes={"images": {0: "batch"}, output: {0: "batch"}},
+            dynamo=False,
+        )
+    proto = onnx.load_from_string(buffer.getvalue())
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.helper.set_model_props(proto, {META: json.dumps(meta)})
+    return proto.SerializeToString()
+
+
+EXPORTERS = {"onnx": to_onnx, "torchscript": to_torchscript, "torch-export": to_torch_export}
+
+
+def to_int8(content: bytes, calibration: np.ndarray, meta: dict[str, Any]) -> bytes:
+    """The ONNX network `content` with 8-bit weights (one scale per channel) and activations (their ranges are
+    those observed on `calibration`, an input of N images), as QuantizeLinear/DequantizeLinear pairs.
+
+    Static, since onnxruntime's dynamic quantisation helps matrix products and hardly convolutions.
+    Convolutions and the sums of the shortcuts become 8-bit. The last layer, the pooling before it and the
+    preprocessing stay float: that costs no time, and the error of the logits is smaller.
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    batches = ({"images": batch} for batch in np.array_split(calibration, -(-len(calibration) // 100)))
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(batches, None)
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        source, prepared, target = (str(Path(folder) / f"{name}.onnx") for name in ("in", "prepared", "out"))
+        Path(source).write_bytes(content)
+        quantization.shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared,
+            target,
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Add"],
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+        proto = onnx.load(target)
+    onnx.helper.set_model_props(proto, {META: json.dumps(meta)})
+    return proto.SerializeToString()
+
+
+def load_exported(content: bytes, format_name: str) -> Network:
+    """A function that runs the exported bytes on the CPU: batch in, logits or probabilities out."""
+    if format_name != "onnx":
+        with _quiet():
+            if format_name == "torchscript":
+                module = torch.jit.load(io.BytesIO(content), map_location="cpu")
+            else:
+                module = torch.export.load(io.BytesIO(content)).module()
+        return torch.inference_mode()(module)
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # latencies compare at equal threads
+    options.log_severity_level = 3  # errors alone
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda batch: torch.from_numpy(session.run(None, {"images": batch.contiguous().numpy()})[0])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' warnings: that TorchScript is deprecated, that tracing fixes shapes (the check
+    with other batch sizes would find that), quantisation's advice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+@torch.inference_mode()
 def compare(
-    model: nn.Module, exported: Exported, to_input: ToInput, checked: Checked, format_name: str
+    model: nn.Module, exported: Network, inputs: torch.Tensor, labels: np.ndarray | None, format_name: str
 ) -> None:
-    """Run both over the images and say how they differ.
+    """Run both over `inputs` and log how their outputs differ, and their accuracy if `labels` are known.
 
     The batches have 1, 2, 128, 128, ... images, since a file may work with the size of its example alone.
 
     Raises:
-        RunError: an output differs by more than LIMIT (NaN does too), and the file is not in int8.
+        RunError: an output differs by more than MAX_DIFFERENCE (NaN does too), and the file is not in int8.
     """
-    count = len(checked.images)
+    count = len(inputs)
     bounds = sorted({0, 1, *range(3, count, 128), count})
     pairs = []
-    with progress_bar(total=count, desc="check", unit="image") as bar, torch.inference_mode():
+    with progress_bar(total=count, desc="check", unit="image") as bar:
         for first, end in itertools.pairwise(bounds):
-            batch = to_input(checked.images[first:end])
+            batch = inputs[first:end]
             pairs.append((model(batch), exported(batch)))
             bar.update(end - first)
     ours, theirs = (torch.cat(outputs) for outputs in zip(*pairs, strict=True))
     difference = float((ours - theirs).abs().max())
-    LOG.info(f"Checked on {count:,} {checked.what}: largest difference {difference:.2g}")
     same = int((ours.argmax(1) == theirs.argmax(1)).sum())
-    line = f"Top-1: the same class for {same:,} of {count:,}"
-    if checked.labels is not None:
-        labels = torch.from_numpy(checked.labels)
-        hits = [int((outputs.argmax(1) == labels).sum()) for outputs in (ours, theirs)]
-        line += f"; {hits[0]:,} right in PyTorch, {hits[1]:,} in {format_name}"
-        line += f" ({100 * (hits[1] - hits[0]) / count:+.2f} points)"
-    LOG.info(line)
-    if format_name != "int8" and not difference <= LIMIT:
+    LOG.info(f"  largest difference {difference:.2g}; the same top-1 class for {same:,} of {count:,}")
+    if labels is not None:
+        correct = [int((outputs.argmax(1).numpy() == labels).sum()) for outputs in (ours, theirs)]
+        points = 100 * (correct[1] - correct[0]) / count
+        LOG.info(
+            f"  {correct[0]:,} correct in PyTorch, {correct[1]:,} in {format_name} ({points:+.2f} points)"
+        )
+    if format_name != "int8" and not difference <= MAX_DIFFERENCE:
         raise RunError(
-            f"the exported network differs from PyTorch's by {difference:.2g}, more than {LIMIT:g}: "
-            "no file was written"
+            f"the exported network differs from PyTorch's by {difference:.2g}, more than "
+            f"{MAX_DIFFERENCE:g}: no file was written"
         )
 
 
-def say_latency(model: nn.Module, exported: Exported, inputs: torch.Tensor, format_name: str) -> None:
-    """Time both on the CPU in turns, so that a busy machine slows both, and log the medians and ratios."""
+def log_latency(model: nn.Module, exported: Network, inputs: torch.Tensor, format_name: str) -> None:
+    """Time both on the CPU and log the medians and ratios."""
     LOG.info(f"Latency on the CPU, {torch.get_num_threads()} thread(s), medians:")
-    LOG.info(f"  {'batch':>5}  {'PyTorch':>12}  {format_name:>12}  ratio")
+    LOG.info(f"  {'batch':>5}  {'PyTorch':>12}  {format_name:>12}  speed-up")
     for size in LATENCY_BATCHES:
-        batch = inputs.repeat(-(-size // len(inputs)), *[1] * (inputs.dim() - 1))[:size]
+        batch = inputs[torch.arange(size) % len(inputs)]
         ours, theirs = medians_ms([model, exported], batch)
-        LOG.info(f"  {size:>5}  {ours:>9.2f} ms  {theirs:>9.2f} ms  {ours / theirs:.2f}x as fast")
+        LOG.info(f"  {size:>5}  {ours:>9.2f} ms  {theirs:>9.2f} ms  {ours / theirs:.2f}x")
 
 
 @torch.inference_mode()
-def medians_ms(networks: list[Exported], batch: torch.Tensor) -> list[float]:
-    """The median time of each network for `batch`, in milliseconds."""
+def medians_ms(networks: list[Network], batch: torch.Tensor) -> list[float]:
+    """The median time of each network for `batch`, in milliseconds; in turns, so that a busy machine slows
+    all of them."""
     for network in networks * WARM_UP_ROUNDS:
         network(batch)
-    times: list[list[float]] = [[] for _ in networks]
+    times: list[list[float]] = []
     began = time.perf_counter()
-    while len(times[0]) < MIN_ROUNDS or (
-        len(times[0]) < MAX_ROUNDS and time.perf_counter() - began < TIMING_S
-    ):
-        for network, measured in zip(networks, times, strict=True):
+    while len(times) < MIN_ROUNDS or (len(times) < MAX_ROUNDS and time.perf_counter() - began < MAX_TIMING_S):
+        times.append([])
+        for network in networks:
             start = time.perf_counter()
             network(batch)
-            measured.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(measured) for measured in times]
-
-
-def weight_megabytes(model: nn.Module) -> float:
-    """The size of the network's weights and statistics in MB (10^6 bytes)."""
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values()) / 1e6
+            times[-1].append(1000 * (time.perf_counter() - start))
+    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 if __name__ == "__main__":

@@ -27,19 +27,18 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from core.errors import UsageError
-
-# Smallest and largest image side, pixels. At 16 the last stage still sees 4x4; other sizes would
-# run too, but are likelier to be a mistake in the data than a wish.
+# Smallest and largest image side, pixels. At 16 the last stage still sees 4x4. Other sizes would run too,
+# but are more likely a mistake in the data.
 MIN_SIZE, MAX_SIZE = 16, 64
 SE_REDUCTION = 16
 DEPTHS = (20, 32, 44, 56, 110)
-OPTIONS = ("zero_init_residual", "drop_path")  # what every network can be built with
+OPTIONS = ("zero_init_residual", "drop_path")  # of every network
 
 
 def drop_path(residual: Tensor, rate: float) -> Tensor:
-    """`residual` [N, C, H, W] with each image zeroed with probability `rate`, and else scaled by
+    """`residual` [N, C, H, W] with each image zeroed with probability `rate`, and otherwise scaled by
     1 / (1 - rate), which keeps the mean: stochastic depth (Huang et al. 2016, arXiv 1603.09382).
 
     Draws N numbers from torch's global generator (of the device).
@@ -55,8 +54,8 @@ def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 # In the blocks, ReLU and the sum work in place on the output of a BatchNorm or a convolution, which
 # the backward pass does not read: 12 % faster per step on a CPU core, and less memory. The price:
-# torch refuses a full backward hook on those inner layers, and what a forward hook keeps of them
-# changes. Hooks on whole blocks are unaffected.
+# torch refuses a full backward hook on those inner layers, and a tensor that a forward hook keeps of
+# them is overwritten. Hooks on whole blocks are unaffected.
 
 
 class BasicBlock(nn.Module):
@@ -88,9 +87,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.residual(x)
-        if self.drop_path and self.training:
+        if self.drop_path > 0 and self.training:
             out = drop_path(out, self.drop_path)
-        out.add_(x if self.downsample is None else self.downsample(x))
+        # assigned, since torch.fx drops a call whose result is not used
+        out = out.add_(x if self.downsample is None else self.downsample(x))
         return F.relu(out, inplace=True)
 
     def zero_residual(self) -> None:
@@ -126,7 +126,9 @@ class SEBasicBlock(BasicBlock):
         self.se = SqueezeExcitation(out_channels)
 
     def residual(self, x: Tensor) -> Tensor:
-        return self.se(super().residual(x))
+        # not by super(), which TorchScript lacks
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.se(self.bn2(self.conv2(out)))
 
 
 class PreActBlock(nn.Module):
@@ -150,7 +152,7 @@ class PreActBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.dropout = dropout
+        self.dropout = float(dropout)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = _conv3x3(in_channels, out_channels, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
@@ -162,10 +164,10 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x), inplace=True)
         out = F.relu(self.bn2(self.conv1(active)), inplace=True)
-        if self.dropout and self.training:
+        if self.dropout > 0 and self.training:
             out = F.dropout(out, self.dropout)
         out = self.conv2(out)
-        if self.drop_path and self.training:
+        if self.drop_path > 0 and self.training:
             out = drop_path(out, self.drop_path)
         return out.add_(x if self.downsample is None else self.downsample(active))
 
@@ -189,7 +191,7 @@ class ResNet(nn.Module):
     BatchNorm from 1 and 0, linear layers from torch's own Kaiming uniform with zero bias.
 
     Raises:
-        UsageError: (forward) images of another rank, channel count or size.
+        ValueError: (forward) images of another rank, channel count or size.
     """
 
     name = "this network"  # build_model puts its name in MODELS here
@@ -237,7 +239,10 @@ class ResNet(nn.Module):
                 block.zero_residual()
 
     def forward(self, images: Tensor) -> Tensor:
-        self._check(images)
+        # Recorded graphs go without the check: torch.fx passes a Proxy, whose shape is unknown, and
+        # torch.jit.trace would keep the answer for its example. TorchScript does not compile the branch.
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing() and isinstance(images, Tensor):
+            self._check_shape(images.shape)
         x = self.conv1(images)
         if not self.pre_activation:
             x = F.relu(self.bn1(x), inplace=True)
@@ -246,18 +251,10 @@ class ResNet(nn.Module):
             x = F.relu(self.bn1(x), inplace=True)
         return self.fc(self.avgpool(x).flatten(1))
 
-    def _check(self, images: Tensor) -> None:
-        # A traced size is a tensor: comparing it would warn and freeze the answer into the trace.
-        if torch.jit.is_tracing():
-            return
-        shape = images.shape
-        if not (
-            len(shape) == 4
-            and shape[1] == 3
-            and MIN_SIZE <= shape[2] <= MAX_SIZE
-            and MIN_SIZE <= shape[3] <= MAX_SIZE
-        ):
-            raise UsageError(
+    def _check_shape(self, shape: torch.Size) -> None:
+        is_rgb_batch = len(shape) == 4 and shape[1] == 3
+        if not (is_rgb_batch and MIN_SIZE <= shape[2] <= MAX_SIZE and MIN_SIZE <= shape[3] <= MAX_SIZE):
+            raise ValueError(
                 f"{self.name} takes images [N, 3, H, W] with H, W from {MIN_SIZE} to {MAX_SIZE}; "
                 f"got {list(shape)}"
             )
@@ -282,10 +279,10 @@ def model_options(name: str) -> tuple[str, ...]:
     """The options that `build_model(name, ...)` takes beside num_classes.
 
     Raises:
-        UsageError: no network has this name.
+        ValueError: no network has this name.
     """
     if name not in MODELS:
-        raise UsageError(f"unknown network {name!r}; known: {', '.join(MODELS)}")
+        raise ValueError(f"unknown network {name!r}; known: {', '.join(MODELS)}")
     return MODELS[name].args[0].options
 
 
@@ -296,16 +293,16 @@ def build_model(name: str = "resnet56", num_classes: int = 100, **options: float
     wrn networks dropout (rate in [0, 1)). Weights are drawn from torch's global generator.
 
     Raises:
-        UsageError: unknown name or option, a rate outside [0, 1), fewer than one class.
+        ValueError: unknown name or option, a rate outside [0, 1), fewer than one class.
     """
     takes = model_options(name)
     for key, value in options.items():
         if key not in takes:
-            raise UsageError(f"{name} does not take the option {key}; it takes {', '.join(takes)}")
+            raise ValueError(f"{name} does not take the option {key}; it takes {', '.join(takes)}")
         if key != "zero_init_residual" and not 0.0 <= value < 1.0:
-            raise UsageError(f"{key} must be at least 0 and below 1; got {value}")
+            raise ValueError(f"{key} must be at least 0 and below 1; got {value}")
     if num_classes < 1:
-        raise UsageError(f"num_classes must be at least 1; got {num_classes}")
+        raise ValueError(f"num_classes must be at least 1; got {num_classes}")
     model = MODELS[name](num_classes=num_classes, **options)
     model.name = name
     return model
@@ -322,21 +319,8 @@ def count_macs(model: nn.Module, size: int = 32) -> int:
     The pass runs on the meta device through stand-ins for the weights: it computes and draws
     nothing, and leaves weights, BatchNorm statistics, training flags and hooks as they were.
     """
-    total = 0
-
-    def add(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        # Each output value costs as many multiply-adds as one output unit has weights.
-        total += output.numel() * module.weight[0].numel()
-
     state = {k: torch.empty_like(v, device="meta") for k, v in model.state_dict().items()}
     image = torch.empty(1, 3, size, size, device="meta", dtype=next(model.parameters()).dtype)
-    counted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    hooks = [module.register_forward_hook(add) for module in counted]
-    try:
-        with torch.no_grad():
-            torch.func.functional_call(model, state, (image,))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, state, (image,))
+    return counter.get_total_flops() // 2  # a multiply-add is two operations

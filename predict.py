@@ -1,14 +1,16 @@
-"""Say what is in images: the likeliest of a trained network's classes, for any number of image files.
+"""Classify images: the most likely classes according to a trained network, for any number of image files.
 
-    python predict.py photo.jpg more/*.png          a table of the five likeliest classes of each
-    python predict.py --json photos/ > found.jsonl  a folder and all below it, one JSON object a line
-    find . -name '*.jpg' | python predict.py -      the files that standard input names, one a line
+    python predict.py photo.jpg more/*.png          a table of the five most likely classes of each
+    python predict.py --json photos/ > found.jsonl  a folder and all below it, one JSON object per line
+    find . -name '*.jpg' | python predict.py -      the files named on standard input, one per line
     python predict.py 'photos/**/*.jpg' --save out  a pattern; each image with its bars, as PNG in out/
 
-The table and JSON go to standard output, as the images come; errors and the bar to standard error. A file
-that cannot be read is reported, the rest goes on, and the exit code is 1.
+The results go to standard output, image by image; errors and the progress bar go to standard error. A file
+that cannot be read is reported, the others are classified all the same, and the exit code is 1.
 """
 
+import functools
+import glob
 import itertools
 import json
 import os
@@ -23,41 +25,58 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from core.cli import Parser, add_processor, add_weights, progress_bar, run_main, whole_number
 from core.cores import usable_cores
 from core.errors import RunError, UsageError, printable
 from core.machine import autocast, choose_device, set_up_torch
-from image_files import Found, Picture, find_images, lines_of, read_image
 from inspection.evaluation_plots import plot_prediction
 from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
 
+SIZE = 32  # pixels, side of the square that the network takes
 PREVIEW_PX = 384  # the longer side of an image drawn beside its bars
-# Threads that unpack files; each may hold a whole image, of up to a gigabyte for the largest ones allowed.
+# Threads that decode files; each may hold a whole image, up to a gigabyte for the largest ones allowed.
 MAX_READERS = 4
+MAX_LINE = 65_536  # bytes of a path on standard input
+# Pillow reads more, but some of those start other programs (EPS), and photographs come in none of them.
+# Formats that this build of Pillow lacks are left out.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI")
+FORMATS += ("TGA", "TIFF", "WEBP")
+# Pillow's limit against decompression bombs: a quarter of a gigabyte of RGB. Pillow itself only warns there,
+# and refuses twice as many. Here it holds for the decoded size: JPEG files are decoded at a reduced one.
+MAX_PIXELS = 89_478_485
+# A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size, which is several times faster, as long as its sides
+# stay this many times those of the result: the rest of the reduction is still antialiased.
+DRAFT_MARGIN = 4
 
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """What came of one file: either `error`, or the likeliest `labels` int64 [K] with their `probabilities`
-    float32 [K], falling, and its `preview` uint8 [H, W, 3] where one was asked for."""
+@dataclass(eq=False)
+class Result:
+    """Result for one file: its `error`, or the fields below it, as far as they are known yet.
+
+    `pixels` is the uint8 RGB [32, 32, 3] that the network takes; `preview` the whole image for people, uint8
+    [H, W, 3], if asked for; `labels` int64 [K] are the most likely classes, with their `probabilities`
+    float32 [K] descending.
+    """
 
     path: str
     error: str | None = None
+    pixels: np.ndarray | None = None
+    preview: np.ndarray | None = None
     labels: np.ndarray | None = None
     probabilities: np.ndarray | None = None
-    preview: np.ndarray | None = None
 
 
 def build_parser() -> Parser:
     """The parser of predict.py."""
     parser = Parser(
         prog="predict.py",
-        description="Say what is in images, with a network that train.py trained.",
+        description="Classify images with a network that train.py trained.",
         epilog="Each image is turned upright, put over white where it is transparent, cropped to the largest "
-        "square at its centre and resized to 32x32 (antialiased); a 32x32 image is taken as it is.",
+        "square at its centre and resized to 32x32 (antialiased); a 32x32 image is used as it is.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -65,14 +84,14 @@ def build_parser() -> Parser:
         nargs="+",
         metavar="INPUT",
         help="an image file; a folder, with all below it; a quoted pattern ('photos/**/*.jpg'); - for "
-        "paths on standard input, one a line",
+        "paths on standard input, one per line",
     )
     add_weights(parser, "folder of the runs, where --weights is not given")
     parser.add_argument(
-        "--topk", type=whole_number(1), default=5, metavar="K", help="classes an image (default: 5)"
+        "--topk", type=whole_number(1), default=5, metavar="K", help="classes per image (default: 5)"
     )
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line and image, instead of the table"
+        "--json", action="store_true", help="print one JSON object per line and image instead of the table"
     )
     parser.add_argument(
         "--save", type=Path, metavar="DIR", help="also draw each image with its bars, as PNG in DIR"
@@ -82,29 +101,33 @@ def build_parser() -> Parser:
         type=whole_number(1, 100_000),
         default=128,
         metavar="N",
-        help="images held and classified at a time (default: 128)",
+        help="images per batch (default: 128)",
     )
     add_processor(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Classify what the arguments name; 1 if anything could not be read, else 0."""
+    """Classify the images that the arguments name; 1 if any could not be read, else 0."""
     args = build_parser().parse_args(argv)
     device = choose_device(args.device)
     trained = load_model(args.weights or find_weights(args.output_dir), device)
     if args.topk > len(trained.classes):
-        raise UsageError(f"--topk {args.topk}: the network knows {len(trained.classes)} classes")
+        raise UsageError(f"--topk {args.topk}: the network has {len(trained.classes)} classes")
     set_up_torch(trained.recipe.seed, device, deterministic=False)
     if args.save is not None:
-        make_folder(args.save)
+        try:
+            args.save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the folder {args.save}: {error.strerror}") from None
     if not args.json:
-        say(f"{trained.recipe.model} of {printable(str(trained.path), 300)}, {trained.recipe.data_note}\n")
+        data = trained.recipe.data_note
+        say(f"{trained.recipe.model} from {printable(str(trained.path), 300)}, trained on {data}\n")
 
-    images, failed = 0, 0
+    number, failed = 0, 0
     with warnings.catch_warnings(), progress_bar(total=count_inputs(args.inputs), unit="image") as bar:
         warnings.simplefilter("ignore")  # Pillow warns of odd tags, matplotlib of letters that its font lacks
-        predictions = predict(
+        results = predict(
             trained,
             find_images(args.inputs, lines_of(sys.stdin)),
             batch_size=args.batch_size,
@@ -112,93 +135,235 @@ def main(argv: list[str] | None = None) -> int:
             precision=args.precision or trained.recipe.precision,
             preview_px=PREVIEW_PX if args.save is not None else 0,
         )
-        for batch in predictions:
-            for prediction in batch:
-                images += 1
-                if prediction.error is not None:
-                    failed += 1
-                    path = printable(prediction.path, 300)
-                    say(f"predict.py: error: {path}: {printable(prediction.error, 300)}\n", sys.stderr)
-                    continue
-                say(as_json(prediction, trained) if args.json else as_table(prediction, trained))
+        for number, result in enumerate(results, start=1):
+            if result.error is not None:
+                failed += 1
+                path, error = printable(result.path, 300), printable(result.error, 300)
+                say(f"predict.py: error: {path}: {error}\n", sys.stderr)
+            else:
+                say(as_json(result, trained) if args.json else as_table(result, trained))
                 if args.save is not None:
-                    save_drawing(prediction, trained, args.save, images)
-            bar.update(len(batch))
-    if not images:
+                    save_drawing(result, trained, args.save, number)
+            bar.update()
+    if not number:
         raise RunError("no image was named: the list on standard input is empty")
     if failed:
-        say(f"predict.py: {failed:,} of {images:,} inputs could not be read\n", sys.stderr)
+        say(f"predict.py: {failed:,} of {number:,} inputs could not be read\n", sys.stderr)
     return 1 if failed else 0
 
 
 def count_inputs(inputs: list[str]) -> int | None:
-    """How many files there are, for the bar; None where only reading standard input could tell, or where
-    there is no terminal to show a bar on."""
+    """The number of files, for the progress bar; None if only reading standard input could tell, or if there
+    is no terminal to show a bar on."""
     if "-" in inputs or sys.stderr is None or not sys.stderr.isatty():
         return None
     return sum(1 for _ in find_images(inputs))
 
 
+def say(text: str, stream: TextIO | Any = None) -> None:
+    """Write `text` to `stream` (default: standard output) without tearing a bar on the terminal."""
+    stream = sys.stdout if stream is None else stream
+    if stream is not None:  # None: closed by the shell, >&-
+        tqdm.write(text, file=stream, end="")
+        stream.flush()
+
+
+def find_images(arguments: Iterable[str], lines: Iterable[bytes] = ()) -> Iterator[Result]:
+    """The files that the arguments mean, in order, each found only when it is asked for.
+
+    An argument is a file of any name; a folder, for all files in it and below it that have the extension of
+    an image (hidden ones and links to folders left out), sorted by name; a pattern with *, ? or [...] (** for
+    folders of any depth), unless a file has that very name, for the files that match; or "-" for the files
+    and folders that `lines` name, one per line. Where there is nothing, a Result with an error says so.
+    """
+    for argument in arguments:
+        if argument == "-":
+            for line in lines:
+                if name := os.fsdecode(line.rstrip(b"\r\n")):
+                    yield from _file_or_folder(name)
+        elif not os.path.lexists(argument) and glob.has_magic(argument):
+            names = sorted(filter(os.path.isfile, glob.iglob(argument, recursive=True)))
+            yield from map(Result, names)
+            if not names:
+                yield Result(argument, "no file matches this pattern")
+        else:
+            yield from _file_or_folder(argument)
+
+
+def lines_of(stream: object) -> Iterator[bytes]:
+    """The lines of a text stream such as sys.stdin, as bytes, since a path need not be text.
+
+    Raises:
+        RunError: there is no such stream, or it cannot be read.
+    """
+    source = getattr(stream, "buffer", None)
+    if source is None:
+        raise RunError("'-' reads paths from standard input, which is closed")
+    try:
+        yield from iter(lambda: source.readline(MAX_LINE), b"")
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read paths from standard input: {error}") from None
+
+
+def _file_or_folder(name: str) -> Iterator[Result]:
+    if not os.path.isdir(name):
+        yield Result(name)
+        return
+    found, problems = False, []
+    for here, folders, files in os.walk(name, onerror=problems.append):
+        # macOS leaves ._photo.jpg beside photo.jpg on foreign disks
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        for file in sorted(files):
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in _extensions():
+                found = True
+                yield Result(os.path.join(here, file))
+    for problem in problems:
+        yield Result(problem.filename, problem.strerror or str(problem))
+    if not found and not problems:
+        yield Result(name, "no image files in this folder")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The FORMATS that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in Image.ID if name in FORMATS)
+
+
+@functools.cache
+def _extensions() -> frozenset[str]:
+    """The extensions of their files: .jpg, .png, ..."""
+    extensions = Image.registered_extensions()
+    return frozenset(extension for extension, name in extensions.items() if name in _formats())
+
+
+def read_image(path: str, preview_px: int = 0) -> Result:
+    """The image file at `path`, upright, with transparent parts over white: the square at its centre as
+    `pixels`, and with `preview_px` the whole image as `preview`, at most that high and wide.
+
+    White, since browsers and viewers show it behind transparent parts. The largest square at the centre is
+    resized by Pillow's bicubic filter: it averages all pixels that fall into one of the result, so it
+    antialiases at every ratio (the box filter does so for whole ratios only, Lanczos draws halos), and it
+    enlarges smoothly too. A 32x32 image is unchanged. Of 16-bit grey levels the high byte is used, as Pillow
+    does with 16-bit colour; of an animation the first frame. Colour profiles are not applied.
+    """
+    if not os.path.isfile(path):
+        # reading a pipe or a device might never end
+        return Result(path, "not a regular file" if os.path.lexists(path) else "no such file")
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            return Result(path, None, *_pixels_and_preview(image, preview_px))
+    except RunError as error:
+        reason = str(error)
+    except Image.UnidentifiedImageError:
+        reason = "not an image that can be read (JPEG, PNG, WebP, TIFF, BMP, GIF, ...)"
+    except Image.DecompressionBombError:
+        reason = f"more than {2 * MAX_PIXELS // 10**6} million pixels: refused"
+    except MemoryError:
+        reason = "too large for the available memory"
+    except Exception as error:  # Pillow's readers raise many types on a damaged file
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+        reason = f"cannot be read: {reason}"
+    return Result(path, reason)
+
+
+def _pixels_and_preview(image: Image.Image, preview_px: int) -> tuple[np.ndarray, np.ndarray | None]:
+    side = max(DRAFT_MARGIN * SIZE, preview_px)
+    image.draft(None, (side, side))  # has an effect on JPEG alone
+    if image.width * image.height > MAX_PIXELS:
+        raise RunError(f"more than {MAX_PIXELS // 10**6} million pixels: refused")
+    ImageOps.exif_transpose(image, in_place=True)
+    upright = _over_white(_eight_bit(image))
+    width, height = upright.size
+    left, top = max(width - height, 0) / 2, max(height - width, 0) / 2
+    box = (left, top, width - left, height - top)
+    # reducing_gap: first by whole factors to 3 times the size, then the filter; faster, and looks the same
+    square = upright.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+    if not preview_px:
+        return np.array(square), None
+    upright.thumbnail((preview_px, preview_px), Image.Resampling.BICUBIC)
+    return np.array(square), np.array(upright)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Grey levels of more than 8 bits as mode L; other images as they are.
+
+    Raises:
+        RunError: the levels are floating-point numbers in no range that images have.
+    """
+    if image.mode.startswith("I"):  # Pillow's modes I;16, I;16B, ..., and I for the same in older versions
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        return Image.fromarray(levels.astype(np.uint8))
+    if image.mode == "F":
+        levels = np.asarray(image)
+        if not np.isfinite(levels).all() or levels.min() < 0 or levels.max() > 255:
+            raise RunError("floating-point levels outside 0 to 1 and 0 to 255")
+        scale = 255 if levels.max() <= 1 else 1
+        return Image.fromarray(np.rint(levels * scale).astype(np.uint8))
+    return image
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """The image as RGB, transparent parts over white."""
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    layer = image.convert("RGBA")
+    background = Image.new("RGB", layer.size, "white")
+    background.paste(layer, mask=layer.getchannel("A"))
+    return background
+
+
 def predict(
     trained: LoadedModel,
-    found: Iterable[Found],
+    found: Iterable[Result],
     *,
     batch_size: int,
     topk: int = 5,
     precision: str = "fp32",
     preview_px: int = 0,
-) -> Iterator[list[Prediction]]:
-    """The predictions for `found`, in order, up to `batch_size` at a time.
+) -> Iterator[Result]:
+    """The results for `found`, in order, read and classified `batch_size` at a time.
 
     No file is looked for or read before its batch is due, so memory does not grow with their number.
     """
     found = iter(found)
     with ThreadPoolExecutor(min(MAX_READERS, usable_cores())) as readers:
         while batch := list(itertools.islice(found, batch_size)):
-            pictures = list(readers.map(lambda item: _read(item, preview_px), batch))
-            read = [picture for picture in pictures if isinstance(picture, Picture)]
-            tops = iter(
-                classify(trained, np.stack([p.pixels for p in read]), topk, precision) if read else ()
+            batch = list(
+                readers.map(lambda item: item if item.error else read_image(item.path, preview_px), batch)
             )
-            yield [
-                Prediction(item.path, *((None, *next(tops), p.preview) if isinstance(p, Picture) else (p,)))
-                for item, p in zip(batch, pictures, strict=True)
-            ]
-
-
-def _read(item: Found, preview_px: int) -> Picture | str:
-    """The picture, or the reason why there is none."""
-    if item.error is not None:
-        return item.error
-    try:
-        return read_image(item.path, preview_px)
-    except RunError as error:
-        return str(error)
+            images = [result for result in batch if result.error is None]
+            if images:
+                pixels = np.stack([result.pixels for result in images])
+                labels, probabilities = classify(trained, pixels, topk, precision)
+                for row, result in enumerate(images):
+                    result.labels, result.probabilities = labels[row], probabilities[row]
+            yield from batch
 
 
 def classify(
     trained: LoadedModel, images: np.ndarray, topk: int, precision: str
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each of `images` (uint8 [N, 32, 32, 3]) the `topk` likeliest labels, int64 [K], and their
-    probabilities, float32 [K]; equal ones in the order of their labels.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `topk` most likely labels, int64 [N, K], of `images` (uint8 [N, 32, 32, 3]) and their
+    probabilities, float32 [N, K], descending; equal ones in the order of their labels.
 
     Raises:
-        RunError: a logit is NaN or infinite: the weights are spoilt.
+        RunError: a logit is NaN or infinite: the weights are corrupt.
     """
     logits = compute_logits(trained, images, precision)
     if not bool(torch.isfinite(logits).all()):
-        raise RunError(f"{trained.path} gives NaN or infinite logits: its weights are spoilt")
+        raise RunError(f"{trained.path} gives NaN or infinite logits: its weights are corrupt")
     # on the CPU: the sort there is stable, and topk is not
     probabilities, labels = logits.cpu().softmax(1).sort(dim=1, descending=True, stable=True)
-    yield from zip(labels[:, :topk].numpy(), probabilities[:, :topk].numpy(), strict=True)
+    return labels[:, :topk].numpy(), probabilities[:, :topk].numpy()
 
 
 @torch.inference_mode()
 def compute_logits(trained: LoadedModel, images: np.ndarray, precision: str) -> torch.Tensor:
-    """Logits float32 [N, classes] of `images` (uint8 [N, 32, 32, 3]), by the way that testing takes.
+    """Logits float32 [N, classes] of `images` (uint8 [N, 32, 32, 3]), computed as in testing.
 
-    With batches of the same size they are the same bits as in testing. With others the processor may add in
-    another order, which changes the last bits of float32 (and more with bf16), on some processors.
+    With batches of the same size they equal those of testing bit for bit. With others, some processors add in
+    another order, which changes the last bits of float32 (and more with bf16).
     """
     device = next(trained.model.parameters()).device
     batch = normalize(torch.from_numpy(images).to(device))
@@ -206,61 +371,45 @@ def compute_logits(trained: LoadedModel, images: np.ndarray, precision: str) -> 
         return trained.model(batch).float()
 
 
-def as_table(prediction: Prediction, trained: LoadedModel) -> str:
+def as_table(result: Result, trained: LoadedModel) -> str:
     """The path, and below it a line for each class: rank, probability, class, superclass."""
-    lines = [printable(prediction.path, 300)]
-    width = max(len(name) for name in trained.classes)
-    for rank, (name, superclass, _, probability) in enumerate(_rows(prediction, trained), start=1):
-        lines.append(f"{rank:>4}  {100 * probability:6.2f} %  {name:<{width}}  {superclass}")
-    return "\n".join(lines) + "\n"
+    text, width = f"{printable(result.path, 300)}\n", max(len(name) for name in trained.classes)
+    for rank, row in enumerate(_rows(result, trained), start=1):
+        percent = 100 * row["probability"]
+        text += f"{rank:>4}  {percent:6.2f} %  {row['class']:<{width}}  {row['superclass']}\n"
+    return text
 
 
-def as_json(prediction: Prediction, trained: LoadedModel) -> str:
-    """The prediction as one line of JSON: {"path": ..., "predictions": [{"class", "superclass", "label",
-    "probability"}, ...]}, the likeliest class first."""
-    keys = ("class", "superclass", "label", "probability")
-    rows = [dict(zip(keys, row, strict=True)) for row in _rows(prediction, trained)]
-    return json.dumps({"path": prediction.path, "predictions": rows}) + "\n"
+def as_json(result: Result, trained: LoadedModel) -> str:
+    """The result as one line of JSON: {"path": ..., "predictions": [{"class", "superclass", "label",
+    "probability"}, ...]}, the most likely class first."""
+    return json.dumps({"path": result.path, "predictions": _rows(result, trained)}) + "\n"
 
 
-def _rows(prediction: Prediction, trained: LoadedModel) -> Iterator[tuple[str, str, int, float]]:
-    for label, probability in zip(prediction.labels.tolist(), prediction.probabilities.tolist(), strict=True):
-        superclass = trained.superclasses[trained.superclass_of[label]]
-        yield trained.classes[label], superclass, label, probability
+def _rows(result: Result, trained: LoadedModel) -> list[dict[str, Any]]:
+    return [
+        {
+            "class": trained.classes[label],
+            "superclass": trained.superclasses[trained.superclass_of[label]],
+            "label": label,
+            "probability": probability,
+        }
+        for label, probability in zip(result.labels.tolist(), result.probabilities.tolist(), strict=True)
+    ]
 
 
-def save_drawing(prediction: Prediction, trained: LoadedModel, folder: Path, number: int) -> Path:
-    """Draw the image with its bars as NUMBER_NAME.png in `folder`: NAME is the file's, and NUMBER, the
-    input's from 1, keeps files of one name in several folders apart."""
-    name = Path(prediction.path).name
+def save_drawing(result: Result, trained: LoadedModel, folder: Path, number: int) -> Path:
+    """Draw the image with its bars as NUMBER_NAME.png in `folder`: NAME is the file's, and NUMBER, counted
+    from 1 over all inputs, distinguishes files of one name in several folders."""
+    name = Path(result.path).name
     safe = re.sub(r"[^\w.-]", "_", os.path.splitext(name)[0])[:80]
     return plot_prediction(
-        prediction.preview,
-        [trained.classes[label] for label in prediction.labels.tolist()],
-        prediction.probabilities,
+        result.preview,
+        [trained.classes[label] for label in result.labels.tolist()],
+        result.probabilities,
         folder / f"{number:05d}_{safe}.png",
         title=f"{printable(name, 60)} ({trained.recipe.model}, {trained.recipe.data_note})",
     )
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder` where it is not there yet.
-
-    Raises:
-        RunError: it cannot be made; the message says why.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the folder {folder}: {error.strerror}") from None
-
-
-def say(text: str, stream: TextIO | Any = None) -> None:
-    """Write `text` to standard output, or `stream`, without tearing a bar on the terminal."""
-    stream = sys.stdout if stream is None else stream
-    if stream is not None:  # None: closed by the shell, >&-
-        tqdm.write(text, file=stream, end="")
-        stream.flush()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import json
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import export
-import exporting
 from conftest import TinyCifar
 from core.cli import run_main
 from core.errors import RunError, UsageError
@@ -34,7 +34,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "TIMING_S", 0.0)
+    monkeypatch.setattr(export, "MAX_TIMING_S", 0.0)
     monkeypatch.setattr(export, "LATENCY_BATCHES", (1, 8))
 
 
@@ -48,18 +48,32 @@ def some_images(count: int) -> np.ndarray:
     return np.random.default_rng(5).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
+def metadata(content: bytes, format_name: str) -> dict[str, Any]:
+    if format_name != "onnx":
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        [name] = [name for name in archive.namelist() if name.endswith("meta.json")]
+        return json.loads(archive.read(name))
+    import onnx
+
+    proto = onnx.load_from_string(content)
+    assert proto.opset_import[0].version == export.ONNX_OPSET
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    return json.loads({entry.key: entry.value for entry in proto.metadata_props}["meta.json"])
+
+
 @pytest.mark.parametrize("with_preprocessing", [False, True])
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_the_file_computes_what_the_network_does(
+def test_the_file_computes_what_the_network_does_and_describes_itself(
     tmp_path: Path, weights: Path, format_name: str, with_preprocessing: bool
 ) -> None:
     flags = ["--format", format_name] + ["--with-preprocessing"] * with_preprocessing
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning of an exporter reaches the user
         assert run(weights, tmp_path, *flags) == 0
-    name = "tiny" + "_preprocessing" * with_preprocessing + exporting.ENDINGS[format_name]
+    name = "tiny" + "_preprocessing" * with_preprocessing + export.EXTENSIONS[format_name]
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    network = exporting.load_exported((tmp_path / name).read_bytes(), format_name)
+    content = (tmp_path / name).read_bytes()
+    network = export.load_exported(content, format_name)
     model = load_model(weights).model
     for count in (1, 2, 5):
         images = torch.from_numpy(some_images(count))
@@ -72,26 +86,8 @@ def test_the_file_computes_what_the_network_does(
         assert output.shape == (count, 100) and output.dtype == torch.float32
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
 
-
-@pytest.mark.parametrize("format_name", FORMATS)
-def test_the_file_says_what_it_is_and_not_where_it_was_made(
-    tmp_path: Path, weights: Path, format_name: str
-) -> None:
-    assert run(weights, tmp_path, "--format", format_name, "--output", tmp_path / "x") == 0
-    content = (tmp_path / "x").read_bytes()
-    if format_name == "onnx":
-        import onnx
-
-        proto = onnx.load_from_string(content)
-        meta = {entry.key: entry.value for entry in proto.metadata_props}["meta.json"]
-        assert proto.opset_import[0].version == exporting.ONNX_OPSET
-        assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-    else:
-        archive = zipfile.ZipFile(io.BytesIO(content))
-        [name] = [name for name in archive.namelist() if name.endswith("meta.json")]
-        meta = archive.read(name).decode()
-    assert json.loads(meta)["classes"] == list(CLASSES)
-    assert json.loads(meta)["trained_on"] == "CIFAR-100"
+    meta = metadata(content, format_name)
+    assert meta["classes"] == list(CLASSES) and meta["trained_on"] == "CIFAR-100"
     if format_name != "torchscript":  # TorchScript keeps the lines of its source, as torch writes it
         assert str(Path(export.__file__).parent).encode() not in content
 
@@ -100,7 +96,7 @@ def test_the_file_says_what_it_is_and_not_where_it_was_made(
 def test_a_file_that_differs_is_not_written(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, spoil: object
 ) -> None:
-    real = exporting.load_exported
+    real = export.load_exported
     monkeypatch.setattr(export, "load_exported", lambda *args: lambda batch: spoil(real(*args)(batch)))
     earlier = tmp_path / "tiny.torchscript"
     earlier.write_bytes(b"earlier")
@@ -112,17 +108,14 @@ def test_a_file_that_differs_is_not_written(
 def test_a_file_for_one_batch_size_is_found_out(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    model, seen = load_model(weights).model, []
 
-    def record(*_args: object) -> exporting.Exported:
-        def network(batch: torch.Tensor) -> torch.Tensor:
-            seen.append(len(batch))
-            return load_model(weights).model(batch)
+    def network(batch: torch.Tensor) -> torch.Tensor:
+        seen.append(len(batch))
+        return model(batch)
 
-        return network
-
-    monkeypatch.setattr(export, "load_exported", record)
-    monkeypatch.setattr(export, "say_latency", lambda *_args: None)
+    monkeypatch.setattr(export, "load_exported", lambda *_args: network)
+    monkeypatch.setattr(export, "log_latency", lambda *_args: None)
     for count, sizes in ((1, [1]), (2, [1, 1]), (9, [1, 2, 6]), (140, [1, 2, 128, 9])):
         seen.clear()
         assert run(weights, tmp_path, "--format", "torchscript", check_images=count) == 0
@@ -136,12 +129,12 @@ def test_real_test_images_are_counted_and_int8_is_calibrated(
     tiny_cifar.lay(tmp_path)
     assert run(weights, tmp_path, check_images=100) == 0
     out = capsys.readouterr().out
-    assert "Checked on 100 test images of CIFAR-100" in out
-    assert "the same class for 100 of 100" in out and "(+0.00 points)" in out
+    assert "Comparing on 100 test images of CIFAR-100" in out
+    assert "the same top-1 class for 100 of 100" in out and "(+0.00 points)" in out
 
     assert run(weights, tmp_path, "--int8", "--with-preprocessing", check_images=100) == 0
     out = capsys.readouterr().out
-    assert "right in PyTorch" in out and "in int8" in out and "points)" in out
+    assert "correct in PyTorch" in out and "in int8" in out and "points)" in out
     content = (tmp_path / "tiny_preprocessing_int8.onnx").read_bytes()
     assert len(content) < 0.45 * (tmp_path / "tiny.onnx").stat().st_size
     # 8-bit, and still the same network: close, but not equal
@@ -149,7 +142,7 @@ def test_real_test_images_are_counted_and_int8_is_calibrated(
     images = torch.from_numpy(some_images(100))
     with torch.inference_mode():
         expected = model(normalize(images)).softmax(1)
-    difference = (exporting.load_exported(content, "onnx")(images) - expected).abs()
+    difference = (export.load_exported(content, "onnx")(images) - expected).abs()
     assert difference.max() > 1e-4 and difference.mean() < 0.01
 
 
@@ -158,20 +151,24 @@ def test_random_images_where_there_is_no_data(
 ) -> None:
     assert run(weights, tmp_path, "--format", "torchscript") == 0
     out = capsys.readouterr().out
-    assert "Checked on 9 random images" in out and "right in PyTorch" not in out
-    assert "Latency" in out and "x as fast" in out and "tiny.torchscript, 1." in out
+    assert "Comparing on 9 random images" in out and "correct in PyTorch" not in out
+    assert "Latency" in out and "speed-up" in out and "tiny.torchscript, 1." in out
 
 
-@needs_onnx
-def test_int8_needs_training_images(tmp_path: Path, weights: Path) -> None:
-    with pytest.raises(RunError, match="needs training images"):
-        run(weights, tmp_path, "--int8")
-
-
-@pytest.mark.parametrize("format_name", ["torchscript", "torch-export"])
-def test_int8_is_for_onnx(tmp_path: Path, weights: Path, format_name: str) -> None:
-    with pytest.raises(UsageError, match="--int8 goes with --format onnx only"):
-        run(weights, tmp_path, "--int8", "--format", format_name)
+@pytest.mark.parametrize(
+    ("argv", "error", "message"),
+    [
+        pytest.param(["--int8"], RunError, "needs training images", marks=needs_onnx),
+        (["--int8", "--format", "torchscript"], UsageError, "--int8 goes with --format onnx only"),
+        (["--int8", "--format", "torch-export"], UsageError, "--int8 goes with --format onnx only"),
+        (["--format", "torchscript", "--output", "none/x.pt"], UsageError, "none does not exist"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_first(
+    tmp_path: Path, weights: Path, argv: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(weights, tmp_path, *argv)
     assert not list(tmp_path.iterdir())
 
 
@@ -184,13 +181,8 @@ def test_without_the_optional_packages_one_line_says_what_to_install(
     assert line.endswith("pip install onnx onnxruntime")
 
 
-def test_a_folder_that_is_not_there_is_refused_first(tmp_path: Path, weights: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist"):
-        run(weights, tmp_path, "--format", "torchscript", "--output", tmp_path / "none" / "x.pt")
-
-
 def test_preprocessing_is_the_projects_own() -> None:
     identity = type("Mean", (torch.nn.Module,), {"forward": lambda self, x: x.mean((2, 3))})()
     images = torch.from_numpy(some_images(4))
     expected = normalize(images).mean((2, 3)).softmax(1)
-    torch.testing.assert_close(exporting.WithPreprocessing(identity)(images), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(export.WithPreprocessing(identity)(images), expected, rtol=0, atol=1e-6)

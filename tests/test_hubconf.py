@@ -12,16 +12,15 @@ from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
 from model import MODELS, build_model
 from training.checkpoint import load_model
 
-NEEDED = ("hubconf.py", "model.py", "errors.py", "checkpoint.py", "files.py")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of what a hub needs, and of nothing else."""
+    """The two files that a hub needs, and weights of resnet20."""
     copy = tmp_path / "repository"
-    copy.mkdir()
-    for name in NEEDED:
+    (copy / "weights").mkdir(parents=True)
+    for name in ("hubconf.py", "model.py"):
         (copy / name).write_bytes((REPOSITORY / name).read_bytes())
+    save_tiny_checkpoint(copy / "weights" / "resnet20_cifar100.pth")
     return copy
 
 
@@ -40,61 +39,61 @@ def test_a_network_without_weights_is_the_models_own(folder: Path) -> None:
     torch.manual_seed(3)
     network = load(folder, "se_resnet20", num_classes=7)
     torch.manual_seed(3)
-    expected = build_model("se_resnet20", num_classes=7)
-    assert network.training
-    assert list(network.state_dict()) == list(expected.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(network.eval()(images), expected.eval()(images))
+    expected = build_model("se_resnet20", num_classes=7).state_dict()
+    assert network.training and list(network.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
 
 
-def test_pretrained_weights_are_those_of_the_folder(folder: Path) -> None:
-    (folder / "weights").mkdir()
-    path = save_tiny_checkpoint(folder / "weights" / "resnet20_cifar100.pth")
-    network = load(folder, "resnet20", pretrained=True)
+@pytest.mark.parametrize("pretrained", [True, "cifar100"])
+def test_pretrained_weights_are_those_of_the_folder(folder: Path, pretrained: bool | str) -> None:
+    network = load(folder, "resnet20", pretrained=pretrained)
     assert not network.training and network.classes == CLASSES
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(network(images), load_model(path).model(images))
-    with pytest.raises(RuntimeError, match=r"does not fit the network: fc\."):
-        load(folder, "resnet20", pretrained=True, num_classes=10)
+        expected = load_model(folder / "weights" / "resnet20_cifar100.pth").model(images)
+        torch.testing.assert_close(network(images), expected)
 
 
-def test_weights_that_are_not_carried_are_one_line(folder: Path) -> None:
-    with pytest.raises(RuntimeError, match="no trained weights of resnet56 here") as caught:
-        load(folder, "resnet56", pretrained=True)
-    assert "\n" not in str(caught.value)
-    (folder / "weights").mkdir()
-    save_tiny_checkpoint(folder / "weights" / "resnet20_cifar100.pth")
-    with pytest.raises(RuntimeError, match="there are some of resnet20"):
-        load(folder, "resnet56", pretrained=True)
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet20", {"pretrained": "cifar10"}, "must be True, False or \"cifar100\", not 'cifar10'"),
+        ("resnet20", {"pretrained": None}, 'must be True, False or "cifar100", not None'),
+        (
+            "resnet56",
+            {"pretrained": True},
+            r"no pretrained weights for resnet56 in .* \(there are: resnet20\)",
+        ),
+        ("resnet20", {"widen": 2}, "resnet20 does not take the option widen"),
+        ("resnet20", {"pretrained": True, "num_classes": 10}, r"size mismatch for fc\.weight"),
+    ],
+)
+def test_what_is_not_there_is_refused(folder: Path, name: str, options: dict, message: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        load(folder, name, **options)
 
 
 CALLER = """
 import pickle, sys
 import torch
-import model, utils, errors, checkpoint
+import core, model, utils
 path = list(sys.path)
 for pretrained in (False, True):
-    network = torch.hub.load(sys.argv[1], "resnet20", source="local", pretrained=pretrained)
+    network = torch.hub.load(sys.argv[1], "resnet56", source="local", pretrained=pretrained)
 assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
 assert pickle.loads(pickle.dumps(network)).classes == network.classes
-for module in (model, utils, errors, checkpoint):
+for module in (core, model, utils):
     assert module.MINE and sys.modules[module.__name__] is module, module
-assert "files" not in sys.modules and sys.path == path
-from training import recipe
-assert recipe.MINE
+assert "training" not in sys.modules and sys.path == path
+import training
+assert training.MINE
 """
 
 
-def test_a_callers_modules_of_the_same_names_are_left_alone(folder: Path, tmp_path: Path) -> None:
-    (folder / "weights").mkdir()
-    save_tiny_checkpoint(folder / "weights" / "resnet20_cifar100.pth")
-    caller = tmp_path / "caller"
-    caller.mkdir()
-    for name in ("model", "utils", "errors", "checkpoint", "recipe"):
-        (caller / f"{name}.py").write_text("MINE = True\n")
-    (caller / "main.py").write_text(CALLER)
-    done = subprocess.run(
-        [sys.executable, "main.py", str(folder)], cwd=caller, capture_output=True, text=True, timeout=120
-    )
+def test_a_callers_modules_of_the_same_names_are_left_alone(tmp_path: Path) -> None:
+    for name in ("core", "model", "utils", "training"):
+        (tmp_path / f"{name}.py").write_text("MINE = True\n")
+    (tmp_path / "main.py").write_text(CALLER)
+    command = [sys.executable, "main.py", str(REPOSITORY)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
