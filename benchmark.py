@@ -110,13 +110,12 @@ def build_parser() -> Parser:
     count("--batch-sizes", nargs="+", help="also measure the training step at these sizes: 32 128 4096, say")
     count("--images", help="training images of a measured epoch (default: 1024, quick 512; CUDA 50000)")
     count("--rounds", help="measurements of each row (default: 7, quick 3)")
-    parser.add_argument(
-        "--workers", type=whole_number(0, 256), metavar="N", help="loader processes (default: as train.py)"
-    )
+    workers_help = "loader processes (default: as in train.py)"
+    parser.add_argument("--workers", type=whole_number(0, 256), metavar="N", help=workers_help)
     for flag, choices in (("device", "cpu cuda mps"), ("precision", "fp32 bf16"), ("compile", "on off")):
         options = ("auto", *choices.split())
         parser.add_argument(
-            f"--{flag}", choices=options, default="auto", help="as train.py's (default: auto)"
+            f"--{flag}", choices=options, default="auto", help="default: auto, as in train.py"
         )
     add_data_folder(parser.add_argument_group("data"))
     return parser
@@ -185,15 +184,10 @@ def plain_process(setting: Setting, train: Split, test: Split) -> Iterator[Calla
     The process is new, not forked, since a fork would inherit this process's settings. `measure_plain` raises
     RunError when the plain recipe fails or its process ends.
     """
-    options = {
-        "model": setting.recipe.model,
-        "train": (train.images, train.labels),
-        "test": (test.images, test.labels),
-        "batch_size": setting.recipe.batch_size,
-        "workers": setting.workers,
-        "step_sizes": setting.batch_sizes,
-        "device": str(setting.device),
-    }
+    recipe, device = setting.recipe, str(setting.device)
+    options = {"model": recipe.model, "batch_size": recipe.batch_size, "device": device}
+    options |= {"workers": setting.workers, "step_sizes": setting.batch_sizes}
+    options |= {"train": (train.images, train.labels), "test": (test.images, test.labels)}
     command, pipe = [sys.executable, str(PLAIN_RECIPE)], subprocess.PIPE
     # in a session of its own, so that Ctrl-C reaches this process alone, which then ends the other
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as process:
@@ -229,17 +223,9 @@ class ProjectSide:
 
     def __init__(self, setting: Setting, train: Split, test: Split) -> None:
         self.recipe, self.device = setting.recipe, setting.device
-        self.loaders = {
-            workers: make_train_loader(
-                train,
-                batch_size=self.recipe.batch_size,
-                seed=SEED,
-                augment=self.recipe.augment,
-                workers=workers,
-                pin_memory=self.device.type == "cuda",
-            )
-            for workers in setting.workers
-        }
+        options = {"batch_size": self.recipe.batch_size, "augment": self.recipe.augment, "seed": SEED}
+        options |= {"pin_memory": self.device.type == "cuda"}
+        self.loaders = {n: make_train_loader(train, workers=n, **options) for n in setting.workers}
         self.train_loader = self.loaders[setting.workers[-1]]
         self.test_batches = make_test_batches(test, self.recipe.test_batch_size, self.device)
         self.batches = {}
@@ -412,15 +398,9 @@ def results(setting: Setting, rows: dict[str, dict], machine: dict[str, Any]) ->
         "epoch": epoch,
         "batch_sizes": {size: rows[f"step at batch {size}"] for size in setting.batch_sizes[1:]},
         "machine": machine,
-        "setting": {
-            "model": recipe.model,
-            "batch_size": recipe.batch_size,
-            "precision": recipe.precision,
-            "compile": setting.compile,
-            "rounds": setting.rounds,
-            "epoch_train_images": setting.images,
-            "epoch_test_images": setting.test_images,
-        },
+        "setting": {name: getattr(recipe, name) for name in ("model", "batch_size", "precision")}
+        | {"compile": setting.compile, "rounds": setting.rounds}
+        | {"epoch_train_images": setting.images, "epoch_test_images": setting.test_images},
     }
 
 
@@ -436,7 +416,7 @@ def table(setting: Setting, rows: dict[str, dict], result: dict[str, Any]) -> st
             f"{machine['threads']} threads, torch {machine['torch']}, load {machine['load_average']}",
             "",
             f"images/s, median of {setting.rounds} rounds (minimum - maximum)",
-            f"{'':31}{'plain recipe':>26}{'this project':>26}{'ratio':>22}",
+            f"{'':32}{'plain recipe':>29}{'this project':>29}{'ratio':>23}",
             *(table_row(name, entry) for name, entry in rows.items()),
             "",
             f"A measured epoch has {setting.images:,} training and {setting.test_images:,} test images; "
@@ -450,8 +430,8 @@ def table(setting: Setting, rows: dict[str, dict], result: dict[str, Any]) -> st
 
 def table_row(name: str, entry: dict[str, Any]) -> str:
     """One row: three medians, each with its spread."""
-    cells = [f"{name:31}"]
-    for key, digits, width in (("plain_images_per_s", 0, 26), ("images_per_s", 0, 26), ("ratio", 2, 22)):
+    cells = [f"{name:32}"]
+    for key, digits, width in (("plain_images_per_s", 0, 29), ("images_per_s", 0, 29), ("ratio", 2, 23)):
         median, low, high = (f"{value:,.{digits}f}" for value in (entry[key], *entry[f"{key}_spread"]))
         cells.append(f"{median} ({low} - {high})".rjust(width))
     return "".join(cells)

@@ -85,28 +85,22 @@ class PlainRecipe:
     ) -> None:
         self.model, self.device = model.to(device), device
         self.optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        self.loaders = {
-            count: self._loader(PlainDataset(train, TRAIN_TRANSFORM), batch_size, count, shuffle=True)
-            for count in workers
-        }
+
+        def make_loader(dataset: Dataset, batch_size: int, count: int, *, shuffle: bool) -> DataLoader:
+            # lasting workers favour this side: most scripts start them anew each epoch
+            options = {"pin_memory": device.type == "cuda", "persistent_workers": count > 0}
+            return DataLoader(dataset, batch_size, shuffle, num_workers=count, **options)
+
+        dataset = PlainDataset(train, TRAIN_TRANSFORM)
+        self.loaders = {count: make_loader(dataset, batch_size, count, shuffle=True) for count in workers}
         self.train_loader = self.loaders[workers[-1]]
         dataset = PlainDataset(test, TEST_TRANSFORM)
-        self.test_loader = self._loader(dataset, min(1000, len(dataset)), workers[-1], shuffle=False)
+        self.test_loader = make_loader(dataset, min(1000, len(dataset)), workers[-1], shuffle=False)
         dataset = PlainDataset(train, TEST_TRANSFORM)
         self.batches = {}
         for size in step_sizes:
             images, labels = default_collate([dataset[index % len(dataset)] for index in range(size)])
             self.batches[size] = images.to(device), labels.to(device)
-
-    def _loader(self, dataset: Dataset, batch_size: int, workers: int, *, shuffle: bool) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_size,
-            shuffle=shuffle,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0,  # favours this side: most scripts start them anew each epoch
-        )
 
     def loader(self, workers: int) -> int:
         """Take all batches of an epoch from the training loader."""

@@ -65,6 +65,7 @@ def test_the_table_and_the_json_hold_what_the_projects_functions_reach(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
+    """One run of the command on random images, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "CONVOLUTIONS", ((2, 16, 8),))
     torch.manual_seed(7)
