@@ -1,11 +1,11 @@
-"""Run several recipes with several seeds, and write a table of what they came to.
+"""Run several recipes with several seeds, and write a table of their accuracies.
 
     python experiments.py --recipes reference fast --seeds 0 1
     python experiments.py --run "plain:" --run "mixup: --mix mixup" --seeds 0 1 -- --model resnet20 --epochs 5
     python experiments.py --networks
 
-Each run is `train.py` in a process of its own. A finished run is skipped and an unfinished one gone on with,
-so the same command can be repeated until the table is whole.
+Each run is `train.py` in a process of its own. A finished run is skipped and an unfinished one is resumed, so
+the same command can be repeated until the table is complete.
 """
 
 import argparse
@@ -13,15 +13,16 @@ import csv
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from core.cli import LOG, Parser, plain_name, run_main, start_log, whole_number
+from core.cli import LOG, Parser, run_main, start_log, whole_number
 from core.errors import RunError, UsageError
 from core.files import atomic_write_text
 from model import MODELS, build_model, count_macs, count_parameters
+from training import flags as train_flags
 from training.presets import PRESETS
 from training.run import RunFiles
 
@@ -32,80 +33,71 @@ def main(argv: list[str] | None = None) -> int:
     """Run what is missing, write the table, print it."""
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    args, shared = parser().parse_args(argv[:split]), argv[split + 1 :]
+    args, shared = build_parser().parse_args(argv[:split]), argv[split + 1 :]
     start_log(None)
     if args.networks:
         LOG.info(networks_table())
         return 0
-    variants = dict(named_flags(text) for text in args.run)
-    variants |= {name: ["--recipe", name] for name in args.recipes}
+    variants = [named_flags(text) for text in args.run]
+    variants += [(name, ["--recipe", name]) for name in args.recipes]
     if not variants:
         raise UsageError('nothing to run: pass --recipes NAME ..., --run "NAME: FLAGS" or --networks')
-    for name, flags in variants.items():
+    if len(dict(variants)) < len(variants):
+        raise UsageError("two runs have the same name: each --run and each of --recipes needs its own")
+    runs = []
+    for name, flags in variants:
         for seed in args.seeds:
             all_flags = [*shared, *flags, "--seed", str(seed)]  # the later of two flags counts
-            run_once(run_files(args.output_dir, name, seed, all_flags), all_flags)
-    table = results_table(args.output_dir, variants, args.seeds, shared)
+            # before the first run starts, since this refuses flags that train.py does not have
+            runs.append((run_files(args.output_dir, name, seed, all_flags), all_flags))
+    for files, flags in runs:
+        run_once(files, flags)
+    table = results_table(args.output_dir, dict(variants), args.seeds, shared)
     path = args.output_dir / "experiments.md"
     atomic_write_text(path, table)
     LOG.info(f"{table}\nTable: {path}")
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags; what stands after `--` goes to every run of train.py."""
-    made = Parser(prog="experiments.py", description="Run recipes by seeds; flags after -- go to train.py.")
-    made.add_argument(
-        "--recipes", nargs="+", default=[], choices=tuple(PRESETS), help="recipes of train.py, by name"
-    )
-    made.add_argument(
-        "--run",
-        action="append",
-        default=[],
-        metavar='"NAME: FLAGS"',
-        help="a variant of your own; repeatable",
-    )
-    made.add_argument(
-        "--seeds", nargs="+", type=whole_number(0, 2**32 - 1), default=[0, 1], help="(default: 0 1)"
-    )
-    made.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("output/experiments"),
-        metavar="DIR",
-        help="folder of the runs and the table (default: output/experiments)",
-    )
-    made.add_argument("--networks", action="store_true", help="print every network's parameters and MACs")
-    return made
+def build_parser() -> Parser:
+    """The parser of experiments.py; what follows `--` goes to every run of train.py."""
+    parser = Parser(prog="experiments.py", description="Run recipes by seeds; flags after -- go to train.py.")
+    add = parser.add_argument
+    add("--recipes", nargs="+", default=[], choices=tuple(PRESETS), help="presets of train.py's --recipe")
+    add("--run", action="append", default=[], metavar='"NAME: FLAGS"', help="a run of your own; repeatable")
+    add("--seeds", nargs="+", type=whole_number(0, 2**32 - 1), default=[0, 1], help="(default: 0 1)")
+    folder_help = "folder of the runs and the table (default: output/experiments)"
+    add("--output-dir", type=Path, default=Path("output/experiments"), metavar="DIR", help=folder_help)
+    add("--networks", action="store_true", help="print every network's parameters and MACs")
+    return parser
 
 
 def named_flags(text: str) -> tuple[str, list[str]]:
     """ "NAME: FLAGS" as the name and the list of flags.
 
     Raises:
-        UsageError: there is no name, or it cannot begin a file's name.
+        UsageError: there is no name, or it cannot begin a file name.
     """
     name, colon, flags = text.partition(":")
     try:
-        return plain_name(name.strip() if colon else ""), flags.split()
+        return train_flags.plain_name(name.strip() if colon else ""), flags.split()
     except argparse.ArgumentTypeError:
-        raise UsageError(f'--run takes "NAME: FLAGS" with a name for files, not {text!r:.60}') from None
+        raise UsageError(f'--run takes "NAME: FLAGS", the name fit for files, not {text!r:.60}') from None
 
 
 def run_files(folder: Path, name: str, seed: int, flags: Sequence[str]) -> RunFiles:
-    """The files of one run: train.py puts "synthetic" into the names of runs on that data."""
-    return RunFiles(folder, f"{name}-seed{seed}" + ("_synthetic" if "synthetic" in flags else ""))
+    """The files of one run: train.py adds "synthetic" to the names of runs on that dataset."""
+    synthetic = train_flags.build_parser().parse_args(flags).dataset == "synthetic"
+    return RunFiles(folder, f"{name}-seed{seed}{'_synthetic' if synthetic else ''}")
 
 
-def run_once(
-    files: RunFiles, flags: Sequence[str], call: Callable[[list[str]], int] = subprocess.call
-) -> None:
-    """Train unless the run is finished; go on with it where it was begun.
+def run_once(files: RunFiles, flags: Sequence[str]) -> None:
+    """Train unless the run is finished; resume it if it was started.
 
-    The LR finder is left out, so that the recipes' rates are compared, unless the flags ask for it.
+    The LR finder is skipped, so that the recipes' own rates are compared, unless the flags ask for it.
 
     Raises:
-        RunError: train.py failed, or was interrupted.
+        RunError: train.py failed or was interrupted.
     """
     if files.results.exists():
         LOG.info(f"{files.name}: finished")
@@ -115,9 +107,9 @@ def run_once(
     else:
         command = ["--yes", "--no-lr-finder", "--output-dir", str(files.folder), "--name", files.name, *flags]
     LOG.info(f"{files.name}: train.py {' '.join(command)}")
-    code = call([sys.executable, str(TRAIN), *command])
+    code = subprocess.call([sys.executable, str(TRAIN), *command])
     if code:
-        raise RunError(f"{files.name} ended with {code}: repeat the command to go on with what is missing")
+        raise RunError(f"{files.name} ended with exit code {code}: repeat the command to resume it")
 
 
 def results_table(
@@ -126,9 +118,9 @@ def results_table(
     """The Markdown table of all runs, from their histories."""
     lines = [
         f"Accuracy in percent over {len(seeds)} seed{'s' * (len(seeds) > 1)} "
-        f"({', '.join(map(str, seeds))}): mean ± standard deviation. The best epoch was chosen by the "
-        "figures shown, which flatters it. The difference is between last epochs, seed by seed, to the "
-        "first run.",
+        f"({', '.join(map(str, seeds))}): mean ± standard deviation. The best epoch is chosen on the "
+        "accuracy shown, so it is optimistic. The difference is that of the last epoch to the first run's, "
+        "by seed.",
         "",
         f"Flags of every run: `{' '.join(shared) or 'none'}`.",
         "",
@@ -151,22 +143,22 @@ def results_table(
 
 
 def accuracies(history: Path) -> list[float]:
-    """The accuracy of each epoch, percent: the averaged weights' where there are such, held-out before test.
+    """The accuracy of each epoch in percent: of averaged weights before raw ones, held-out before test.
 
     Raises:
-        RunError: the file is no history of train.py.
+        RunError: the file is not a history of train.py.
     """
     try:
-        rows = list(csv.DictReader(history.open(encoding="utf-8", newline="")))
+        rows = list(csv.DictReader(history.read_text("utf-8").splitlines()))
         prefixes = ("ema_val", "val", "ema_test", "test")
         column = next(f"{p}_acc_percent" for p in prefixes if f"{p}_acc_percent" in rows[0])
         return [float(row[column]) for row in rows]
     except (OSError, IndexError, StopIteration, KeyError, TypeError, ValueError):
-        raise RunError(f"{history} is no history of train.py: delete the run's files and repeat") from None
+        raise RunError(f"{history} is not a history of train.py: delete the run's files and repeat") from None
 
 
 def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
-    """ "71.20 ± 0.31"; one value has no deviation (of a sample: n - 1). With `sign` "+": "+1.20 ± 0.31"."""
+    """ "71.20 ± 0.31", by the sample deviation (n - 1); one value has none. `sign` "+" is for differences."""
     mean = f"{statistics.fmean(values):{sign}.2f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
 

@@ -1,5 +1,7 @@
-"""Experiments: what is run, skipped and gone on with; the table's means and deviations; the networks."""
+"""experiments.py: what is run, skipped and resumed; the tables; and the one in docs/ablation.md."""
 
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -9,73 +11,99 @@ import experiments
 from core.errors import RunError, UsageError
 from model import MODELS
 from training.run import RunFiles
+from training.settings import build_parser
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEADER = "epoch,learning_rate,train_loss,train_acc_percent,test_loss,test_acc_percent"
 
 
-class Stub:
-    """Stands for train.py: notes its commands and leaves the files of a finished run."""
+class TrainStub:
+    """Stands for train.py: records its commands and leaves the files of a finished run."""
 
-    def __init__(self, code: int = 0) -> None:
-        self.code, self.commands = code, []
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self.commands: list[list[str]] = []
 
     def __call__(self, command: list[str]) -> int:
         self.commands.append(command[2:])
-        if not self.code:
-            name = command[command.index("--name") + 1]
-            folder = Path(command[command.index("--output-dir") + 1])
-            folder.mkdir(parents=True, exist_ok=True)
-            seed = int(command[command.index("--seed") + 1])
-            accuracy = (8.0 if "fast" in command else 10.0) * seed
-            rows = [HEADER, f"1,0.1,3,1,3,{accuracy + 1}", f"2,0.1,3,1,3,{accuracy}"]
-            (folder / f"{name}_history.csv").write_text("\n".join(rows) + "\n")
-            (folder / f"{name}_training_results.pth").touch()
-        return self.code
+        if self.exit_code:
+            return self.exit_code
+        args = build_parser().parse_args(command[2:])
+        accuracy = (8.0 if args.recipe else 10.0) * args.seed
+        rows = [HEADER, f"1,0.1,3,1,3,{accuracy + 1}", f"2,0.1,3,1,3,{accuracy}"]
+        files = RunFiles(args.output_dir, args.name)
+        files.folder.mkdir(parents=True, exist_ok=True)
+        files.path("_history.csv").write_text("\n".join(rows) + "\n")
+        files.results.touch()
+        return 0
 
 
 @pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
-    made = Stub()
-    monkeypatch.setattr(experiments.run_once, "__defaults__", (made,))
-    return made
+def train(monkeypatch: pytest.MonkeyPatch) -> TrainStub:
+    stub = TrainStub()
+    monkeypatch.setattr(subprocess, "call", stub)
+    return stub
 
 
-def test_every_run_is_made_once_and_the_table_holds_mean_and_deviation(stub: Stub, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dataset", "suffix"), [([], ""), (["--dataset=synthetic"], "_synthetic")])
+def test_every_run_is_made_once_and_the_table_holds_mean_and_deviation(
+    train: TrainStub, tmp_path: Path, dataset: list[str], suffix: str
+) -> None:
     argv = ["--recipes", "fast", "--run", "mine: --mix mixup", "--seeds", "1", "3", "--output-dir"]
-    argv += [str(tmp_path), "--", "--epochs", "2"]
+    argv += [str(tmp_path), "--", "--epochs", "2", *dataset]
     assert experiments.main(argv) == 0
-    assert len(stub.commands) == 4
-    assert stub.commands[0] == [
-        *("--yes", "--no-lr-finder", "--output-dir", str(tmp_path), "--name", "mine-seed1"),
-        *("--epochs", "2", "--mix", "mixup", "--seed", "1"),  # the run's own flags win
+    assert len(train.commands) == 4
+    assert train.commands[0] == [
+        *("--yes", "--no-lr-finder", "--output-dir", str(tmp_path), "--name", f"mine-seed1{suffix}"),
+        *("--epochs", "2", *dataset, "--mix", "mixup", "--seed", "1"),  # the run's own flags win
     ]
     table = (tmp_path / "experiments.md").read_text()
     assert "| fast | `--recipe fast` | 2 | 16.00 ± 11.31 | 17.00 ± 11.31 | -4.00 ± 2.83 |" in table
     assert "| mine | `--mix mixup` | 2 | 20.00 ± 14.14 | 21.00 ± 14.14 |  |" in table
-    assert "`--epochs 2`" in table
+    assert f"`{' '.join(['--epochs', '2', *dataset])}`" in table
     experiments.main(argv)
-    assert len(stub.commands) == 4  # all are finished
+    assert len(train.commands) == 4  # all are finished
 
 
-def test_an_unfinished_run_is_gone_on_with(tmp_path: Path) -> None:
-    files, stub = RunFiles(tmp_path, "x-seed0"), Stub(code=130)
-    files.previous.touch()
-    with pytest.raises(RunError, match="x-seed0 ended with 130: repeat"):
-        experiments.run_once(files, ["--epochs", "2"], stub)
-    assert stub.commands == [["--resume", str(files.last)]]
+@pytest.mark.parametrize("state", ["last", "previous"])
+def test_an_unfinished_run_is_resumed(train: TrainStub, tmp_path: Path, state: str) -> None:
+    files = RunFiles(tmp_path, "x-seed0")
+    getattr(files, state).touch()
+    train.exit_code = 130
+    with pytest.raises(RunError, match="x-seed0 ended with exit code 130: repeat"):
+        experiments.run_once(files, ["--epochs", "2"])
+    assert train.commands == [["--resume", str(files.last)]]
 
 
-@pytest.mark.parametrize("argv", [[], ["--run", "no colon"], ["--run", ": --mix mixup"], ["--run", "a/b: x"]])
-def test_wrong_usage_is_refused_before_anything_runs(stub: Stub, argv: list[str]) -> None:
-    with pytest.raises(UsageError):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "nothing to run"),
+        (["--run", "no colon"], "--run takes"),
+        (["--run", ": --mix mixup"], "--run takes"),
+        (["--run", "a/b: x"], "--run takes"),
+        (["--run", "fast:", "--recipes", "fast"], "two runs have the same name"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_runs(train: TrainStub, argv: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         experiments.main(argv)
-    assert not stub.commands
+    assert not train.commands
+
+
+def test_flags_that_train_does_not_have_are_refused_before_anything_runs(
+    train: TrainStub, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(["--run", "good: --mix mixup", "--run", "bad: --mxi mixup"])
+    assert stopped.value.code == 2 and not train.commands
+    assert "train.py: error: unrecognized arguments: --mxi" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "epoch\n", f"{HEADER}\n", f"{HEADER}\n1,0.1,3,1,3,x\n"])
-def test_a_damaged_history_is_one_line(tmp_path: Path, text: str) -> None:
+def test_a_damaged_history_is_reported_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "h.csv").write_text(text)
-    with pytest.raises(RunError, match="no history"):
+    with pytest.raises(RunError, match=r"h.csv is not a history of train.py: delete"):
         experiments.accuracies(tmp_path / "h.csv")
 
 
@@ -87,7 +115,6 @@ def test_averaged_weights_and_held_out_images_come_first(tmp_path: Path) -> None
 
 def test_one_seed_has_no_deviation() -> None:
     assert experiments.mean_and_deviation([70.0]) == "70.00"
-    assert experiments.mean_and_deviation([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert experiments.mean_and_deviation([1.0, 2.0, 3.0], "+") == "+2.00 ± 1.00"
 
 
@@ -98,6 +125,16 @@ def test_the_networks_are_listed_with_parameters_and_macs() -> None:
     assert "| wrn_28_10 | 36,536,884 | 5,243,386,368 |" in table
 
 
-def test_synthetic_runs_are_found_by_the_name_that_train_gives_them(tmp_path: Path) -> None:
-    assert experiments.run_files(tmp_path, "a", 0, ["--dataset", "synthetic"]).name == "a-seed0_synthetic"
-    assert experiments.run_once.__defaults__ == (subprocess.call,)
+def test_the_ablation_page_is_what_its_command_makes_of_the_histories_beside_it() -> None:
+    page = (DOCS / "ablation.md").read_text("utf-8")
+    block = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1]
+    words = shlex.split(block.replace("\\\n", " "))
+    assert words[:2] == ["python", "experiments.py"]
+    split = words.index("--")
+    args, shared = experiments.build_parser().parse_args(words[2:split]), words[split + 1 :]
+    variants = dict(experiments.named_flags(text) for text in args.run)
+    assert len(variants) > 10
+    # its flags are parsed by train.py's parser on the way
+    assert experiments.results_table(DOCS / "ablation", variants, args.seeds, shared) in page
+    histories = {path.name for path in (DOCS / "ablation").iterdir()}
+    assert histories == {f"{name}-seed{seed}_history.csv" for name in variants for seed in args.seeds}

@@ -12,8 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # A file imports files of its own room or of rooms before it in this order; scripts import no other script.
 RANKS = ("core", "model", "cifar", "utils", "training", "inspection", "scripts")
 # Parts of scripts that still have a file of their own.
-PARTS = {"benchmark_pairs", "benchmark_setting", "beyond_reference", "dialogue"}
-PARTS |= {"lr_suggestion", "measuring", "plain_recipe", "plain_side"}
+PARTS = {"lr_suggestion"}
 FILES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
     for folder in (".", "core", "cifar", "training", "inspection")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import benchmark_setting
+import benchmark
 import evaluate
 import experiments
 import export
@@ -22,8 +22,8 @@ PARSERS = {
     "evaluate.py": evaluate.build_parser,
     "predict.py": predict.build_parser,
     "export.py": export.build_parser,
-    "experiments.py": experiments.parser,
-    "benchmark.py": benchmark_setting.build_parser,
+    "experiments.py": experiments.build_parser,
+    "benchmark.py": benchmark.build_parser,
 }
 SCRIPT = re.compile(
     rf"(?:python|torchrun --nproc-per-node=\d+) ({'|'.join(map(re.escape, PARSERS))})([^`|&\n]*)"
