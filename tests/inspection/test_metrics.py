@@ -1,4 +1,4 @@
-"""Figures of a classifier: small cases worked out by hand, and plain loops as a second opinion."""
+"""Classification metrics: small cases worked out by hand, and plain loops as a second opinion."""
 
 import math
 
@@ -24,7 +24,7 @@ def random_answers(count: int = 300, classes: int = 12) -> tuple[np.ndarray, np.
     return logits, labels, rng.permutation(np.arange(classes) % 4)
 
 
-def test_figures_of_a_small_case_worked_out_by_hand() -> None:
+def test_scores_of_a_small_case_worked_out_by_hand() -> None:
     scores = m.score(LOGITS, LABELS, SUPERCLASS_OF)
     assert (scores.images, scores.top1_percent) == (5, 40.0)
     assert scores.superclass_percent == 80.0, "images 0 to 3 stay within their superclass"
