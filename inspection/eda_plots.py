@@ -1,6 +1,7 @@
 """Figures of the notebook: tables of small images, histograms, class balance, duplicates."""
 
 import io
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -134,16 +135,16 @@ def _wrapped(text: str, width_px: float, *, size: float = 7, weight: str = "norm
     lines = []
     for paragraph in text.replace("_", " ").split("\n"):
         line = ""
-        for word in paragraph.split():
-            if line and not fits(f"{line} {word}"):
-                lines.append(line)
+        for part in re.split(r"(?<=[ -])(?=[^ ])", paragraph):  # after each space and hyphen
+            if line and not fits((line + part).rstrip()):
+                lines.append(line.rstrip())
                 line = ""
-            line = f"{line} {word}".strip()
-            while len(line) > 1 and not fits(line):
+            line += part
+            while len(line) > 1 and not fits(line.rstrip()):
                 end = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or fits(line[:n]))
                 lines.append(line[:end])
                 line = line[end:]
-        lines.append(line)
+        lines.append(line.rstrip())
     return [line for line in lines if line]
 
 

@@ -68,23 +68,15 @@ class Evaluated:
 
     folder: Path
     data_dir: Path
+    flags: list[str]
     run: Run
     code: int
     metrics: dict[str, Any]
     evaluation: Evaluation
 
     @property
-    def flags(self) -> list[str]:
-        return flags_of(self.folder, self.data_dir)
-
-    @property
     def page(self) -> Path:
         return self.folder / "small_report.html"
-
-
-def flags_of(folder: Path, data_dir: Path) -> list[str]:
-    """The flags that evaluate.py needs here."""
-    return ["--data-dir", str(data_dir), "--output-dir", str(folder), "--device", "cpu"]
 
 
 def evaluate_small_run(patch: pytest.MonkeyPatch, folder: Path, data_dir: Path) -> Evaluated:
@@ -99,7 +91,7 @@ def evaluate_small_run(patch: pytest.MonkeyPatch, folder: Path, data_dir: Path) 
     shown = []
     with pytest.MonkeyPatch.context() as spy:
         spy.setattr(evaluate, "write_report", lambda *args: shown.append(args[0]) or write_report(*args))
-        flags = [*flags_of(folder, data_dir), "--tta", "--json", str(folder / "metrics.json")]
-        code = evaluate.main(flags)
+        flags = ["--data-dir", str(data_dir), "--output-dir", str(folder), "--device", "cpu"]
+        code = evaluate.main([*flags, "--tta", "--json", str(folder / "metrics.json")])
     metrics = json.loads((folder / "metrics.json").read_text())
-    return Evaluated(folder, data_dir, run, code, metrics, shown[0])
+    return Evaluated(folder, data_dir, flags, run, code, metrics, shown[0])

@@ -116,11 +116,6 @@ def test_headings_of_groups_fit_above_five_tiles() -> None:
     assert first.x1 < second.x0
 
 
-def test_captions_read_without_underscores_and_are_the_given_ones() -> None:
-    figure = eda_plots.tile_figure(random_tiles(1, 2), "t", captions=[["oak_tree", "sea\n/ plain"]])
-    assert [text.get_text() for text in figure.texts] == ["t", "oak tree", "sea", "/ plain"]
-
-
 @pytest.mark.parametrize(
     "texts",
     [{"captions": [["one"]]}, {"captions": [["a", "b"]] * 2}, {"columns": ["a"]}, {"rows": ["a", "b"]}],

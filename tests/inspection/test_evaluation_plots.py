@@ -8,7 +8,6 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from inspection import curves, style
 from inspection import evaluation_plots as plots
 from inspection.metrics import Calibration
 
@@ -37,20 +36,6 @@ def test_prediction_file_is_a_png_of_the_expected_size_and_the_same_bytes_again(
         picture.verify()
         assert (picture.format, picture.size) == ("PNG", (1200, 504))
     assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
-def test_the_look_agrees_with_the_training_figures() -> None:
-    ours = plots.per_class_bars_figure(["a", "b"], np.array([1.0, 2.0]), "F1 (%)", "t")
-    theirs = curves.history_figure(
-        [{"epoch": 1, "learning_rate": 0.1, "train_loss": 1.0, "train_acc_percent": 9}]
-    )
-    for figure in (ours, theirs):
-        axes = figure.axes[0]
-        shown = {side for side, spine in axes.spines.items() if spine.get_visible()}
-        assert (shown, axes.get_axisbelow(), figure.dpi) == ({"left", "bottom"}, True, 120)
-        assert not figure._suptitle.get_parse_math()
-    assert {to_hex(bar.get_facecolor()) for bar in ours.axes[0].patches} == {style.BLUE.lower()}
-    assert theirs.axes[0].lines[0].get_color() == style.BLUE
 
 
 def test_reliability_bars_carry_the_bins_and_skip_the_empty_one() -> None:
@@ -140,7 +125,3 @@ def test_hundred_classes_stand_in_columns_from_best_to_worst() -> None:
     boxes = [label.get_window_extent() for label in labels]
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
     assert min(box.height for box in boxes) >= 9, "pixels: smaller letters cannot be read"
-
-
-def test_classes_without_any_value_can_be_drawn() -> None:
-    assert style.png_bytes(plots.per_class_bars_figure(["a", "b"], np.full(2, np.nan), "F1 (%)", "t"))

@@ -46,8 +46,7 @@ def test_the_network_is_left_as_it_was_after_an_error(batches) -> None:
 
 def test_throughput_counts_every_image(network, batches) -> None:
     metrics, logits, images_per_s = timed_logits(network, batches)
-    assert metrics.images == len(logits) == 20
-    assert 1 < images_per_s < 1e6
+    assert metrics.images == len(logits) == 20 and 0 < images_per_s < 1e6
 
 
 def test_a_shift_moves_pixels_and_reflects_at_the_edge() -> None:
@@ -68,20 +67,15 @@ def test_views_are_ten_different_ones_and_the_first_is_the_image_itself() -> Non
     assert all(torch.equal(seen[5 + n], seen[n].flip(3)) for n in range(5)), "and their mirror images"
 
 
-def test_one_view_of_the_image_itself_is_the_plain_answer(network, batches) -> None:
-    _, logits = logits_of(network, batches)
-    averaged = averaged_log_probabilities(network, batches, views=VIEWS[:1])
-    torch.testing.assert_close(averaged, logits.double().log_softmax(1), rtol=0, atol=1e-12)
-
-
-def test_probabilities_are_averaged_not_logits(network, batches) -> None:
-    averaged = averaged_log_probabilities(network, batches, views=VIEWS[4:6])
+@pytest.mark.parametrize("views", [VIEWS[:1], VIEWS[4:6]])
+def test_probabilities_are_averaged_not_logits(network, batches, views) -> None:
+    averaged = averaged_log_probabilities(network, batches, views=views)
     each = []
-    for view in VIEWS[4:6]:
+    for view in views:
         _, logits = logits_of(network, [(shifted(images, *view), labels) for images, labels in batches])
         each.append(logits.double().softmax(1))
-    torch.testing.assert_close(averaged.exp(), (each[0] + each[1]) / 2, rtol=1e-12, atol=0)
-    assert not torch.allclose(each[0], each[1], rtol=1e-3)
+    torch.testing.assert_close(averaged.exp(), sum(each) / len(each), rtol=1e-12, atol=0)
+    assert len(views) == 1 or not torch.allclose(each[0], each[1], rtol=1e-3)
 
 
 def test_an_image_and_its_mirror_image_get_the_same_average(network, batches) -> None:
