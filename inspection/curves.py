@@ -1,9 +1,4 @@
-"""The pictures of a training run: the learning-rate search, and the history epoch by epoch.
-
-Plain lists in, PNG files out, which appear whole or not at all. Nothing here needs a display or
-touches `pyplot`'s global state, and the same input gives the same bytes. Each figure has a
-`*_figure` builder that returns it unsaved, and a `plot_*` function that writes it.
-"""
+"""Figures of a training run: the learning-rate finder's curve, and the history epoch by epoch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -37,10 +32,6 @@ SERIES = (
     ("ema_test", "test, averaged weights", PURPLE),
     ("ema_val", "validation, averaged weights", PURPLE),
 )
-# A run that holds images out measures those after each epoch, and the test images only at its end.
-REQUIRED_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_acc_percent")
-HELD_OUT_COLUMNS = {"test": ("test_loss", "test_acc_percent"), "val": ("val_loss", "val_acc_percent")}
-
 LINES_STYLE: dict[str, Any] = {
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -55,13 +46,14 @@ def plot_lr_finder(
     losses: Sequence[float],
     suggested_lr: float | None,
     path: str | Path,
-    *,
-    smoothed: Sequence[float] | None = None,
-    title: str = "Learning-rate finder",
+    **options: Any,
 ) -> Path:
-    """Write `lr_finder_figure` as a 1200 x 720 PNG; return its path, or raise RunError."""
-    figure = lr_finder_figure(learning_rates, losses, suggested_lr, smoothed=smoothed, title=title)
-    return write_png(figure, path)
+    """Write `lr_finder_figure`, which takes the `options`, as a 1200 x 720 PNG; return the path.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    return write_png(lr_finder_figure(learning_rates, losses, suggested_lr, **options), path)
 
 
 @styled(LINES_STYLE)
@@ -73,34 +65,21 @@ def lr_finder_figure(
     smoothed: Sequence[float] | None = None,
     title: str = "Learning-rate finder",
 ) -> Figure:
-    """Loss against learning rate (log axis), with the suggestion marked.
+    """Loss against learning rate (logarithmic axis), with the suggestion marked.
 
     Args:
-        learning_rates: [N] positive, in the order they were tried.
-        losses: [N] nats per image; may explode or be NaN, and the view stays on the useful part.
-        suggested_lr: marked and labelled; None where the search found none.
+        learning_rates: [N] positive, in the order they were tried; N at least 1.
+        losses: [N] nats per image; may explode or be NaN: the view stays on the useful part.
+        suggested_lr: None if the finder suggests none.
         smoothed: [N] the curve that the suggestion was read from, or None.
-        title: says what was searched; wrapped when long.
-
-    Raises:
-        ValueError: no points, unequal lengths, or a learning rate that is not positive and finite.
+        title: wrapped when long.
     """
-    rates, raw = _as_floats(learning_rates), _as_floats(losses)
-    smooth = None if smoothed is None else _as_floats(smoothed)
-    if len(rates) == 0:
-        raise ValueError("the learning-rate finder gave no points to draw")
-    if len(rates) != len(raw) or (smooth is not None and len(smooth) != len(rates)):
-        counts = f"{len(rates)} rates, {len(raw)} losses"
-        counts += "" if smooth is None else f", {len(smooth)} smoothed losses"
-        raise ValueError(f"unequal lengths: {counts}")
-    suggestions = [] if suggested_lr is None else [suggested_lr]
-    if not all(math.isfinite(rate) and rate > 0 for rate in [*rates, *suggestions]):
-        raise ValueError("learning rates must be positive and finite for a logarithmic axis")
-
+    rates, raw = np.array(learning_rates), _finite(losses)
+    smooth = None if smoothed is None else _finite(smoothed)
     figure = new_figure(10, 6, title)
     axes = figure.subplots()
     axes.set_xscale("log")
-    seen = [*rates, *suggestions]
+    seen = [*rates, *([] if suggested_lr is None else [suggested_lr])]
     axes.set_xlim(min(seen) / 1.2, max(seen) * 1.2)
     axes.plot(rates, raw, color=SKY_BLUE, linewidth=1.4, label="loss", **_markers(raw))
     if smooth is not None:
@@ -121,7 +100,7 @@ def lr_finder_figure(
 
 
 def _mark_suggestion(axes: Axes, rates: np.ndarray, curve: np.ndarray, suggestion: float) -> None:
-    """A line through the axes, a dot on the curve, and the number above the axes, clear of both."""
+    """A vertical line, a dot on the curve, and the number above the axes, clear of both."""
     axes.axvline(suggestion, color=VERMILLION, linestyle="--", linewidth=1.6)
     order = np.argsort(rates, kind="stable")
     order = order[np.isfinite(curve[order])]
@@ -137,9 +116,9 @@ def _mark_suggestion(axes: Axes, rates: np.ndarray, curve: np.ndarray, suggestio
 
 
 def _loss_view(raw: np.ndarray, curve: np.ndarray) -> tuple[tuple[float, float], str]:
-    """The y limits that show the fall of the loss however high it climbs later, and what they hide.
+    """The y limits that show the fall of the loss however high it climbs later, and a note on what they hide.
 
-    The fall is measured on `curve` up to its minimum; up to 2.5 times as much room is given.
+    The fall is measured on `curve` up to its minimum; the view is up to 2.5 times as high.
     """
     notes = []
     bad = np.flatnonzero(~np.isfinite(raw))
@@ -163,18 +142,13 @@ def _loss_view(raw: np.ndarray, curve: np.ndarray) -> tuple[tuple[float, float],
     return (bottom, max(top, low + fall) + 0.12 * fall), "; ".join(notes)
 
 
-def plot_history(
-    rows: Sequence[Mapping[str, Any]],
-    path: str | Path,
-    *,
-    milestones: Sequence[int] = (),
-    title: str = "Training history",
-    target_accuracy: float | None = None,
-    best_epoch: int | None = None,
-) -> Path:
-    """Write `history_figure` as a 1560 x 1080 PNG; return its path, or raise RunError."""
-    marks = {"target_accuracy": target_accuracy, "best_epoch": best_epoch}
-    return write_png(history_figure(rows, milestones=milestones, title=title, **marks), path)
+def plot_history(rows: Sequence[Mapping[str, Any]], path: str | Path, **options: Any) -> Path:
+    """Write `history_figure`, which takes the `options`, as a 1560 x 1080 PNG; return the path.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    return write_png(history_figure(rows, **options), path)
 
 
 @styled(LINES_STYLE)
@@ -189,19 +163,14 @@ def history_figure(
     """Loss, accuracy, learning rate and generalisation gap against the epoch, two by two.
 
     Args:
-        rows: one mapping an epoch with REQUIRED_COLUMNS and those of either entry of
-            HELD_OUT_COLUMNS; the same with ema_ before them are drawn where present. Text
-            from a CSV file is read as numbers; None, "" and values that are not finite leave a hole
-            in the line.
-        milestones: epochs after which the rate drops; those inside the history are drawn, half an
-            epoch later, where the drop is.
-        target_accuracy: percent, or None.
-        best_epoch: marked on the validation accuracy where there is one, else on the test accuracy; on
-            that of the averaged weights where there are such.
+        rows: one per epoch, at least one, with the columns of NAME_history.csv; a series of SERIES that
+            no row has is not drawn, and a missing value leaves a gap in its line.
+        milestones: epochs after which the learning rate drops; those within the history are drawn, half
+            an epoch later, where the drop is.
         title: names the run ("synthetic", "subset of 2,560 images"); wrapped when long.
-
-    Raises:
-        ValueError: no rows, a required column missing, or a value that is not a number.
+        target_accuracy: percent, or None.
+        best_epoch: marked on the accuracy that chose it: validation if there is any, else test; of the
+            averaged weights if there are any.
     """
     table = _columns(rows)
     epochs = table["epoch"]
@@ -232,19 +201,8 @@ def history_figure(
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Column name to float64 [epochs]; NaN where a value is missing or not finite."""
-    if len(rows) == 0:
-        raise ValueError("the history has no rows to draw")
-    for index, row in enumerate(rows, start=1):
-        held_out = HELD_OUT_COLUMNS["val" if "val_loss" in row else "test"]
-        missing = [name for name in (*REQUIRED_COLUMNS, *held_out) if name not in row]
-        if missing:
-            raise ValueError(f"history row {index} lacks {', '.join(missing)}")
     series = [f"{prefix}_{what}" for prefix, _, _ in SERIES for what in ("loss", "acc_percent")]
-    names = dict.fromkeys([*REQUIRED_COLUMNS, *series])
-    table = {name: _as_floats([row.get(name) for row in rows]) for name in names}
-    if np.isnan(table["epoch"]).any():
-        raise ValueError("a history row has no epoch number")
-    return table
+    return {name: _finite([row.get(name) for row in rows]) for name in ("epoch", "learning_rate", *series)}
 
 
 def _draw_series(axes: Axes, table: Mapping[str, np.ndarray], what: str) -> None:
@@ -266,8 +224,8 @@ def _mark_best(axes: Axes, table: Mapping[str, np.ndarray], best_epoch: int) -> 
 
 
 def _draw_rate(axes: Axes, epochs: np.ndarray, rates: np.ndarray) -> None:
-    """The rate of each epoch as steps, on a log axis when it spans a factor of five or more."""
-    axes.plot(epochs, rates, color=BLUE, drawstyle="steps-mid", label="rate", **_markers(rates))
+    """The learning rate as steps, on a logarithmic axis when it spans a factor of five or more."""
+    axes.plot(epochs, rates, color=BLUE, drawstyle="steps-mid", label="learning rate", **_markers(rates))
     finite = rates[np.isfinite(rates)]
     if len(finite) and finite.min() > 0 and finite.max() / finite.min() >= 5:
         axes.set_yscale("log")
@@ -279,7 +237,7 @@ def _draw_rate(axes: Axes, epochs: np.ndarray, rates: np.ndarray) -> None:
 
 
 def _draw_gap(axes: Axes, table: Mapping[str, np.ndarray]) -> None:
-    """Train accuracy minus what was held out, in percentage points; above zero is overfitting."""
+    """Training accuracy minus held-out accuracy, in percentage points; above zero is overfitting."""
     axes.axhline(0, color=GREY, linewidth=1)
     for prefix, label, color in SERIES[1:3]:
         values = table["train_acc_percent"] - table[f"{prefix}_acc_percent"]
@@ -289,7 +247,7 @@ def _draw_gap(axes: Axes, table: Mapping[str, np.ndarray]) -> None:
 
 
 def _draw_milestones(panels: Sequence[Axes], epochs: np.ndarray, milestones: Sequence[int]) -> None:
-    """A thin vertical line in every panel at each drop of the rate; named in the rate's legend."""
+    """A thin vertical line in every panel at each drop of the learning rate, named in its legend."""
     inside = [m for m in sorted(set(milestones)) if epochs.min() <= m < epochs.max()]
     names = ", ".join(str(m) for m in inside)
     label = f"drops after epoch {names}" if len(inside) <= 6 else f"drops, {len(inside)} in all"
@@ -300,22 +258,18 @@ def _draw_milestones(panels: Sequence[Axes], epochs: np.ndarray, milestones: Seq
             axes.axvline(milestone + 0.5, label=label if named else None, **look)
 
 
-def _as_floats(values: Sequence[Any]) -> np.ndarray:
-    """float64 [N]; None, "" and infinities become NaN, other text that is no number is refused."""
-    try:
-        floats = [math.nan if value is None or value == "" else float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"not a list of numbers: {error}") from error
-    array = np.array(floats, dtype=np.float64)
+def _finite(values: Sequence[float | None]) -> np.ndarray:
+    """float64 [N], with NaN for None and infinities."""
+    array = np.array(values, dtype=np.float64)
     return np.where(np.isfinite(array), array, np.nan)
 
 
 def _markers(values: np.ndarray) -> dict[str, Any]:
-    """Dots where a line alone would hide points: short histories, and lone values among holes."""
+    """Markers where a line alone would hide points: short histories, and single values between gaps."""
     few = np.count_nonzero(np.isfinite(values)) <= 25
     return {"marker": "o", "markersize": 4} if few else {}
 
 
 def _plain_number(value: float, _position: int | None = None) -> str:
-    """0.02 rather than 2 x 10^-2: rates are written so on the command line."""
+    """0.02 rather than 2 x 10^-2, as on the command line."""
     return f"{value:g}"

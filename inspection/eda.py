@@ -1,6 +1,6 @@
-"""What the data's notebook computes: statistics, outliers, duplicates, look-alikes, augmented examples.
+"""Data analysis for the notebook: statistics, outliers, duplicates, similar classes, augmentations.
 
-NumPy arrays in and out, nothing is drawn or written. Images are uint8 [N, 32, 32, 3], RGB; levels are 0-255.
+NumPy arrays in and out. Images are uint8 [N, 32, 32, 3], RGB, with levels from 0 to 255.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,19 +15,19 @@ from cifar.dataset import NUM_CLASSES, DatasetUnavailable, ImageData, balanced_s
 from cifar.fast_transforms import A, Pipeline
 from core.errors import UsageError
 
-POOLED = 16  # pixels a side of the images that are compared
-COMPONENTS = 256  # of the 16 * 16 * 3 = 768 that these images have
-Progress = Callable[[int], Iterable[int]]  # counts like `range`, and may show how far it is
+POOLED = 16  # side, in pixels, of the shrunk images that are compared
+COMPONENTS = 256  # of the 16 * 16 * 3 = 768 that these have
+Progress = Callable[[int], Iterable[int]]  # `range`, or a progress bar that counts like it
 
 
 def load_images(name: str, data_dir: str | Path, count: int | None = None) -> ImageData:
-    """The data set `name`, or the synthetic one (its `name` says so) where CIFAR-100 cannot be had.
+    """The data set `name`, or the synthetic one (as its `name` says) if CIFAR-100 is unavailable.
 
     Args:
-        count: training images to keep, class-balanced, with a fifth as many test images; None: all.
+        count: size of a class-balanced training subset, with a fifth as many test images; None: all.
 
     Raises:
-        UsageError: unknown name, or a count that is too small to have every class or above what there is.
+        UsageError: unknown name, or a count too small for every class or greater than the data set.
         RunError: the files in `data_dir` are damaged.
     """
     try:
@@ -43,7 +43,7 @@ def load_images(name: str, data_dir: str | Path, count: int | None = None) -> Im
 
 
 def level_histogram(images: np.ndarray) -> np.ndarray:
-    """How many pixels have each level, by channel: int64 [3, 256]."""
+    """The number of pixels of each level, by channel: int64 [3, 256]."""
     return np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
 
 
@@ -53,7 +53,7 @@ def channel_statistics(
     """Mean and standard deviation of each channel, float64 [3] each, exactly, from `level_histogram`.
 
     Args:
-        values: [3, 256] what each level stands for; None: level / 255.
+        values: [3, 256], the value of each level; None: level / 255.
     """
     values = np.arange(256) / 255 if values is None else values
     pixels = histogram.sum(axis=1)
@@ -63,7 +63,7 @@ def channel_statistics(
 
 
 def mean_images(images: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
-    """The mean of the images of each group 0..count-1: float64 [count, 32, 32, 3], in levels.
+    """The mean image of each group 0..count-1: float64 [count, 32, 32, 3], in levels.
 
     Raises:
         ValueError: a group has no image.
@@ -79,8 +79,8 @@ def mean_images(images: np.ndarray, groups: np.ndarray, count: int) -> np.ndarra
 class ImageStatistics(NamedTuple):
     """Per image, float32 [N] each, in levels.
 
-    `brightness` is the mean of all pixels, `contrast` the standard deviation of the pixels' brightness, and
-    `colour` the mean difference between a pixel's largest and smallest channel (0: a grey image).
+    `brightness` is the mean over all pixels, `contrast` the standard deviation of the pixels' brightness,
+    `colour` the mean difference between a pixel's largest and smallest channel (0 for a grey image).
     """
 
     brightness: np.ndarray
@@ -89,7 +89,7 @@ class ImageStatistics(NamedTuple):
 
 
 def image_statistics(images: np.ndarray, block: int = 2000) -> ImageStatistics:
-    """Brightness, contrast and colour of every image; `block` images at a time bound the memory."""
+    """Brightness, contrast and colour of every image, `block` images at a time to bound the memory."""
     parts = []
     for start in range(0, len(images), block):
         part = images[start : start + block]
@@ -101,7 +101,7 @@ def image_statistics(images: np.ndarray, block: int = 2000) -> ImageStatistics:
 
 
 def extremes(statistics: ImageStatistics, count: int) -> dict[str, np.ndarray]:
-    """The `count` images farthest out in each direction, farthest first: name to int64 [count]."""
+    """The indices of the `count` most extreme images in each direction, most extreme first: int64 [count]."""
     brightness, contrast, colour = statistics
     orders = {"darkest": brightness, "brightest": -brightness, "least contrast": contrast,
               "most contrast": -contrast, "most colourful": -colour}  # fmt: skip
@@ -109,9 +109,9 @@ def extremes(statistics: ImageStatistics, count: int) -> dict[str, np.ndarray]:
 
 
 def identical(queries: np.ndarray, gallery: np.ndarray | None = None) -> np.ndarray:
-    """For each query the first gallery image with exactly its bytes, or -1: int64 [N].
+    """The index of the first gallery image with exactly the query's bytes, or -1: int64 [N].
 
-    Without a gallery, each image is looked for among those before it: every copy but the first is found.
+    Without a gallery, each image is compared with those before it: every copy but the first is found.
     """
     seen: dict[bytes, int] = {}
     if gallery is not None:
@@ -124,12 +124,12 @@ def identical(queries: np.ndarray, gallery: np.ndarray | None = None) -> np.ndar
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """Unit vectors whose dot product says how alike two images are in what is unusual about them.
+    """Whitened unit vectors of images; the dot product of two is their similarity, from -1 to 1.
 
     Images are shrunk to 16x16; each channel's mean and the image's contrast are removed, so that a change of
-    colour or exposure counts little. The principal components over the training images then get equal weight:
-    plain correlation takes any two seas, or plates on white, for the same, since a few broad patterns (light
-    above dark, an object in the middle) have most of the variance; whitened, these are a few of 256 numbers.
+    colour or exposure counts little. The principal components over the training images then get equal
+    weight. Plain correlation would match any two seas, or plates on white, since a few broad patterns (light
+    above dark, an object in the middle) hold most of the variance; whitened, they are a few of 256 numbers.
     """
 
     mean: np.ndarray  # float32 [768]
@@ -137,7 +137,7 @@ class Whitening:
 
     @classmethod
     def fit(cls, images: np.ndarray, components: int = COMPONENTS) -> "Whitening":
-        """Learn the components from `images`, at least two of which differ; fewer where they have fewer."""
+        """Compute up to `components` components from `images`, at least two of which differ."""
         vectors = _pooled(images)
         mean = vectors.mean(axis=0)
         centred = vectors - mean
@@ -147,13 +147,13 @@ class Whitening:
         return cls(mean, (directions[:, kept] / np.sqrt(values[kept])).astype(np.float32))
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """float32 [N, K], each of length 1 (0 for an image that is the mean itself)."""
+        """float32 [N, K], each of length 1 (0 for the mean image itself)."""
         vectors = (_pooled(images) - self.mean) @ self.projection
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _pooled(images: np.ndarray, block: int = 2000) -> np.ndarray:
-    """Images as 16x16 vectors without mean and contrast: float32 [N, 768], of length 1 (0 if uniform)."""
+    """16x16 images without mean and contrast: float32 [N, 768], each of length 1 (0 if uniform)."""
     vectors = np.empty((len(images), POOLED * POOLED * 3), dtype=np.float32)
     side = images.shape[1] // POOLED
     for start in range(0, len(images), block):
@@ -170,10 +170,10 @@ def nearest(
     """The most similar gallery vector of each query: similarity float32 [N] (-1 to 1), index int64 [N].
 
     Args:
-        queries, gallery: float32 [N, K] and [M, K] of length 1, as a `Whitening` gives. Without a gallery,
-            queries are compared among themselves, each with all others.
+        queries: float32 [N, K], each of length 1, from a `Whitening`.
+        gallery: the same, [M, K]; None: each query is compared with all the others.
         block: queries at a time; 500 against 50,000 take 100 MB.
-        progress: called with the number of blocks, counts them.
+        progress: called with the number of blocks; iterated over to count them.
     """
     others = queries if gallery is None else gallery
     similarity = np.empty(len(queries), dtype=np.float32)
@@ -191,10 +191,12 @@ def nearest(
 def agreement_by_band(
     similarity: np.ndarray, agrees: np.ndarray, edges: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs in each band of similarity (int64 [B]) and the percentage with equal labels (NaN where none).
+    """Pairs in each band of similarity (int64 [B]) and the percentage with equal labels (NaN if empty).
 
     Args:
-        agrees: bool [N]. edges: [B + 1] increasing; a band holds its lower edge, the last one also its upper.
+        similarity: [N].
+        agrees: bool [N], whether the pair's labels are equal.
+        edges: [B + 1] increasing; a band includes its lower edge, the last one also its upper.
     """
     counts, _ = np.histogram(similarity, bins=edges)
     equal, _ = np.histogram(similarity[agrees], bins=edges)
@@ -203,7 +205,7 @@ def agreement_by_band(
 
 
 def spread_over(similarity: np.ndarray, low: float, high: float, count: int) -> np.ndarray:
-    """At most `count` pairs with low <= similarity < high, evenly spread by rank, most similar first."""
+    """The indices of at most `count` pairs in [low, high), evenly spread by rank, most similar first."""
     order = np.argsort(-similarity, kind="stable")
     inside = order[(similarity[order] >= low) & (similarity[order] < high)]
     if len(inside) <= count:
@@ -212,7 +214,7 @@ def spread_over(similarity: np.ndarray, low: float, high: float, count: int) -> 
 
 
 def stack_pairs(upper: np.ndarray, lower: np.ndarray, count: int) -> np.ndarray:
-    """Images above their partners, filled up with white to `count`: uint8 [count, 2 * H + 2, W, 3]."""
+    """Images above their partners, padded with white ones to `count`: uint8 [count, 2 * H + 2, W, 3]."""
     size, height, width = upper.shape[:3]
     stacked = np.full((count, 2 * height + 2, width, 3), 255, dtype=np.uint8)
     stacked[:size, :height], stacked[:size, height + 2 :] = upper, lower
@@ -228,7 +230,7 @@ class AlikePair(NamedTuple):
 
 
 def class_distances(means: np.ndarray) -> np.ndarray:
-    """Root mean square difference of every two mean images: float64 [K, K], in levels, infinite to itself."""
+    """Root mean square difference of every two mean images: float64 [K, K], in levels (diagonal: inf)."""
     flat = means.reshape(len(means), -1)
     squares = ((flat[:, None] - flat[None]) ** 2).mean(axis=2)
     np.fill_diagonal(squares, np.inf)
@@ -236,14 +238,14 @@ def class_distances(means: np.ndarray) -> np.ndarray:
 
 
 def most_alike(distances: np.ndarray, count: int) -> list[AlikePair]:
-    """The `count` pairs of classes whose means lie nearest, nearest first."""
+    """The `count` pairs of classes with the nearest mean images, nearest first."""
     rows, columns = np.triu_indices(len(distances), k=1)
     order = np.argsort(distances[rows, columns], kind="stable")[:count]
     return [AlikePair(int(rows[i]), int(columns[i]), float(distances[rows[i], columns[i]])) for i in order]
 
 
 def nearest_mean(images: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """The class whose mean image lies nearest to each image: int64 [N]; the simplest classifier there is."""
+    """The class with the nearest mean image, for each image: int64 [N]; a very simple classifier."""
     flat = means.reshape(len(means), -1)
     # |x - m|^2 without |x|^2, which is the same for all classes
     products = images.reshape(len(images), -1).astype(np.float32) @ flat.T.astype(np.float32)
@@ -251,7 +253,7 @@ def nearest_mean(images: np.ndarray, means: np.ndarray) -> np.ndarray:
 
 
 def augmented(pipeline: Pipeline, images: np.ndarray, seed: int) -> np.ndarray:
-    """Each image augmented by a random stream of its own (`seed` + its number): uint8, shaped as `images`."""
+    """Each image augmented with its own seed (`seed` + its index): uint8, of the shape of `images`."""
     results = []
     for number, image in enumerate(images):
         pipeline.set_random_seed(seed + number)
@@ -260,9 +262,9 @@ def augmented(pipeline: Pipeline, images: np.ndarray, seed: int) -> np.ndarray:
 
 
 def single_transforms() -> dict[str, Pipeline]:
-    """The transforms of the simple pipelines, each alone and always applied; last the reference's together.
+    """The transforms of the simple pipelines, each alone and always applied; last, the reference's together.
 
-    Pad and RandomCrop stay a pair: only together do they give 32x32 pixels back.
+    Pad and RandomCrop stay a pair: only together do they keep 32x32 pixels.
     """
     flip, affine, dropout, jitter = train_transform("reference").transforms
     pad, crop, *_ = train_transform("standard").transforms
@@ -291,7 +293,7 @@ def named_pipelines() -> dict[str, Pipeline]:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; columns whose cells are all numbers, or text of one, are aligned right."""
+    """A Markdown table; columns of numbers only are aligned right."""
 
     def is_number(cell: object) -> bool:
         if cell == "":

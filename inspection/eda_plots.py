@@ -1,18 +1,14 @@
-"""The pictures of the data's notebook: tables of small images, histograms, balance, duplicates.
-
-Arrays in, figures out (`compact_png` makes PNGs of them); no display, no `pyplot`, and the same input
-gives the same bytes. Every function raises ValueError for input that does not fit together.
-"""
+"""Figures of the notebook: tables of small images, histograms, class balance, duplicates."""
 
 import io
-import textwrap
+import re
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
@@ -29,15 +25,14 @@ from inspection.style import (
     styled,
 )
 
-DPI = 120
-SCALE = 3  # a pixel of the data is 3x3 in the figure
-LINE_PX, GAP_PX, MARGIN_PX = 15, 16, 18  # a line of caption; between tiles; around the figure
-CHARACTERS = 14  # of a caption's line: 7 points on a 32-pixel tile and its gap
+SCALE = 3  # a pixel of the data is 3x3 in the figure, at 120 dots per inch
+# Pixels at that scale: a line of caption; between tiles; around the figure; beside the rows' headings.
+LINE_PX, GAP_PX, MARGIN_PX, ROW_HEADING_PX = 15, 16, 18, 145
 Names = Sequence[str]
 
 
 def compact_png(figure: Figure) -> bytes:
-    """`figures.png_bytes` without transparency and better packed: a notebook carries its pictures about."""
+    """A smaller `style.png_bytes`, without transparency: a notebook holds its figures."""
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(png_bytes(figure))) as image:
         image.convert("RGB").save(buffer, "PNG", optimize=True)
@@ -53,44 +48,53 @@ def tile_figure(
     columns: Names | None = None,
     rows: Names | None = None,
     groups: Sequence[Names] | None = None,
+    scale: int = SCALE,
 ) -> Figure:
     """A table of small images, enlarged pixel by pixel, each with its caption below.
 
+    Text is wrapped by its measured width, and a row is as high as its longest caption: none touches
+    another. Underscores in it are drawn as spaces.
+
     Args:
         tiles: uint8 [R, C, H, W, 3].
-        captions: [R][C]; a line break is kept, long names are wrapped, an underscore reads as a space.
-        columns, rows: [C] headings above, [R] headings on the left.
+        captions: [R][C]; a line break is kept.
+        columns: [C] headings above.
+        rows: [R] headings on the left.
         groups: [R][G] headings above each G-th part of a row.
+        scale: pixels across for one of the data; text grows with it.
+
+    Raises:
+        ValueError: the texts do not match the tiles in number.
     """
-    tiles = np.asarray(tiles)
-    if tiles.ndim != 5 or tiles.dtype != np.uint8 or tiles.shape[-1] != 3 or not tiles.size:
-        raise ValueError(f"tiles must be uint8 [R, C, H, W, 3], not {tiles.dtype} {tiles.shape}")
     count, across, height, width = tiles.shape[:4]
     for what, names in (("captions", captions), ("rows", rows), ("groups", groups)):
         if names is not None and len(names) != count:
             raise ValueError(f"{len(names)} {what} for {count} rows of images")
-    if columns is not None and len(columns) != across:
-        raise ValueError(f"{len(columns)} headings for {across} columns")
-    if captions is not None and any(len(line) != across for line in captions):
-        raise ValueError(f"every row needs {across} captions")
+    if any(len(line) != across for line in (*(captions or ()), *([columns] if columns else ()))):
+        raise ValueError(f"captions and headings are needed for {across} columns")
 
+    # All lengths are in pixels at SCALE; the resolution does the rest.
     tall, wide = height * SCALE, width * SCALE
-    letters = CHARACTERS * width // 32
-    texts = [[_wrapped(name, letters) for name in line] for line in captions or [[""] * across] * count]
-    heads = [_wrapped(name, letters) for name in columns or []]
-    left = MARGIN_PX + (145 if rows else 0)
-    total_width = left + across * (wide + GAP_PX) + MARGIN_PX
-    heading = textwrap.wrap(title, total_width // 13)
+    left = MARGIN_PX + (ROW_HEADING_PX if rows else 0)
+    total_width = max(left + across * (wide + GAP_PX) + MARGIN_PX, 360)
+    texts = [
+        [_wrapped(name, wide + GAP_PX - 6) for name in line] for line in captions or [[""] * across] * count
+    ]
+    heads = [_wrapped(name, wide + GAP_PX - 6, weight="bold") for name in columns or []]
+    heading = _wrapped(title, total_width - 2 * MARGIN_PX, size=12, weight="bold")
     group_px = 24 if groups else 0
     depths = [group_px + tall + LINE_PX * max(map(len, line)) + GAP_PX for line in texts]
     top = MARGIN_PX + 24 * len(heading) + LINE_PX * max(map(len, heads), default=0) + 10
     total_height = top + sum(depths) + MARGIN_PX // 2
 
-    figure = Figure(figsize=((total_width + 0.5) / DPI, (total_height + 0.5) / DPI), dpi=DPI)
+    # Half a pixel more: inches times dots per inch must not be cut to one pixel less.
+    dpi = 40 * scale
+    figure = Figure(figsize=((total_width + 0.5 / scale) / 120, (total_height + 0.5 / scale) / 120), dpi=dpi)
     FigureCanvasAgg(figure)
-    canvas = np.full((total_height, total_width, 3), 255, dtype=np.uint8)
+    canvas = np.full((total_height * scale // SCALE, total_width * scale // SCALE, 3), 255, dtype=np.uint8)
 
     def write(lines: Sequence[str], x: float, y: float, pitch: int = LINE_PX, **look: object) -> None:
+        # A line at a time: matplotlib's own line spacing depends on the letters.
         for number, text in enumerate(lines):
             where = (x / total_width, 1 - (y + (number + 0.8) * pitch) / total_height)
             figure.text(*where, text, **{"ha": "center", "va": "baseline", "fontsize": 7} | look)
@@ -106,36 +110,52 @@ def tile_figure(
             write([name.replace("_", " ")], x, y, 20, ha="left", fontsize=9, fontweight="bold")
         y += group_px
         if rows:
-            lines = _wrapped(rows[row], 18)
+            lines = _wrapped(rows[row], ROW_HEADING_PX - 10, size=7.5, weight="bold")
             start = y + (tall - LINE_PX * len(lines)) / 2
             write(lines, MARGIN_PX, start, ha="left", fontsize=7.5, fontweight="bold")
         for column in range(across):
             x = left + column * (wide + GAP_PX)
-            enlarged = tiles[row, column].repeat(SCALE, axis=0).repeat(SCALE, axis=1)
-            canvas[y : y + tall, x : x + wide] = enlarged
+            enlarged = tiles[row, column].repeat(scale, axis=0).repeat(scale, axis=1)
+            corner = y * scale // SCALE, x * scale // SCALE
+            canvas[corner[0] :, corner[1] :][: len(enlarged), : enlarged.shape[1]] = enlarged
             write(texts[row][column], x + wide / 2, y + tall + 3)
         y += depths[row] - group_px
     figure.figimage(canvas, 0, 0, origin="upper")
     return figure
 
 
-def _wrapped(name: str, letters: int) -> list[str]:
-    """The caption's lines, none longer than `letters`."""
-    parts = (textwrap.wrap(part.replace("_", " "), letters) for part in name.split("\n"))
-    return [line for lines in parts for line in lines]
+def _wrapped(text: str, width_px: float, *, size: float = 7, weight: str = "normal") -> list[str]:
+    """The text in lines of at most `width_px` at 120 dots per inch; a longer word is broken."""
+    renderer = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=120)).get_renderer()
+    font = FontProperties(size=size, weight=weight)
+
+    def fits(line: str) -> bool:
+        return renderer.get_text_width_height_descent(line, font, ismath=False)[0] <= width_px
+
+    lines = []
+    for paragraph in text.replace("_", " ").split("\n"):
+        line = ""
+        for part in re.split(r"(?<=[ -])(?=[^ ])", paragraph):  # after each space and hyphen
+            if line and not fits((line + part).rstrip()):
+                lines.append(line.rstrip())
+                line = ""
+            line += part
+            while len(line) > 1 and not fits(line.rstrip()):
+                end = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or fits(line[:n]))
+                lines.append(line[:end])
+                line = line[end:]
+        lines.append(line.rstrip())
+    return [line for line in lines if line]
 
 
 @styled({"axes.grid": True})
 def histogram_figure(histogram: np.ndarray, mean: np.ndarray, title: str) -> Figure:
-    """The share of pixels at each level, a panel a channel, with the channel's mean marked.
+    """The percentage of pixels at each level, a panel per channel, with the channel's mean marked.
 
     Args:
-        histogram: [3, 256] counts. mean: [3] on the 0-1 scale.
+        histogram: [3, 256] counts.
+        mean: [3] on the 0-1 scale.
     """
-    if np.shape(histogram) != (3, 256) or np.shape(mean) != (3,):
-        raise ValueError(
-            f"a histogram is [3, 256] and a mean [3], not {np.shape(histogram)}, {np.shape(mean)}"
-        )
     percent = 100 * histogram / histogram.sum(axis=1, keepdims=True)
     figure = new_figure(12, 3.8, title)
     panels = figure.subplots(1, 3, sharey=True)
@@ -146,21 +166,20 @@ def histogram_figure(histogram: np.ndarray, mean: np.ndarray, title: str) -> Fig
         axes.axvline(level, color=BLACK, linestyle="--", label=f"mean {level:.1f}")
         axes.set(title=name, xlabel="level (0-255)", xlim=(-3, 258), xticks=[0, 64, 128, 192, 255])
         axes.legend(loc="upper center")
-    panels[0].set_ylabel("share of the pixels (%)")
+    panels[0].set_ylabel("percentage of the pixels")
     return figure
 
 
 @styled()
 def balance_figure(counts: Sequence[np.ndarray], names: Names, starts: Sequence[int], title: str) -> Figure:
-    """Images of each class, training above test, the classes one superclass after another.
+    """The number of images of each class, training above test, with the classes grouped by superclass.
 
     Args:
-        counts: two of [K], training and test, in the order to draw.
-        names: superclasses, in the same order. starts: the first class of each.
+        counts: training and test, int [K] each, in the order to draw.
+        names: superclasses, in the same order.
+        starts: the first class of each superclass.
     """
     size = len(counts[0])
-    if len(counts) != 2 or len(counts[1]) != size or len(names) != len(starts):
-        raise ValueError("two lists of counts of one length are needed, and a start for each superclass")
     figure = new_figure(13, 6, title)
     panels = figure.subplots(2, 1, sharex=True)
     ends = [*starts[1:], size]
@@ -180,9 +199,7 @@ def balance_figure(counts: Sequence[np.ndarray], names: Names, starts: Sequence[
 
 @styled()
 def spread_figure(brightness: np.ndarray, colour: np.ndarray, title: str) -> Figure:
-    """How many images have each brightness and colour, in levels: a map with a logarithmic colour scale."""
-    if np.shape(brightness) != np.shape(colour) or np.size(brightness) == 0:
-        raise ValueError("a brightness and a colour are needed for each image")
+    """A 2D histogram of the images' brightness and colour (float [N], levels), on a logarithmic scale."""
     figure = new_figure(8.5, 5.2, title)
     axes = figure.subplots()
     bins = [np.linspace(0, 256, 65), np.linspace(0, max(64, float(np.max(colour))) * 1.001, 65)]
@@ -209,18 +226,13 @@ def similarity_figure(
     threshold: float,
     title: str,
 ) -> Figure:
-    """Pairs in each band of similarity, and how many of them have one label: as they are, and mirrored.
+    """Pairs in each band of similarity, and the percentage with equal labels: as they are, and mirrored.
 
     Args:
-        edges: [B + 1]. counts: two of [B] pairs, as they are and mirrored. agreement: two of [B] percent.
+        edges: [B + 1].
+        counts: pairs as they are and mirrored, [B] each.
+        agreement: percent, of the same two, [B] each.
     """
-    bands = len(edges) - 1
-    if (
-        any(len(values) != bands for values in (*counts, *agreement))
-        or len(counts) != 2
-        or len(agreement) != 2
-    ):
-        raise ValueError(f"two counts and two agreements of {bands} bands are needed")
     figure = new_figure(10, 6.6, title)
     upper, lower = figure.subplots(2, 1, sharex=True)
     looks = (
@@ -228,19 +240,15 @@ def similarity_figure(
         {"color": ORANGE, "marker": "s", "linestyle": "--", "label": "test image mirrored"},
     )
     middles = (np.asarray(edges)[:-1] + np.asarray(edges)[1:]) / 2
-    for values, share, look in zip(counts, agreement, looks, strict=True):
+    for values, percent, look in zip(counts, agreement, looks, strict=True):
         upper.plot(middles, np.where(np.asarray(values) > 0, values, np.nan), **look)
-        lower.plot(middles, share, **look)
+        lower.plot(middles, percent, **look)
     upper.set_yscale("log")
     upper.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
     upper.set_ylabel("test images in the band")
     lower.set(ylabel="pairs with equal labels (%)", ylim=(-4, 104))
     lower.set_xlabel(f"similarity to the nearest training image, in bands of {edges[1] - edges[0]:.2g}")
     for axes in (upper, lower):
-        _mark_threshold(axes, threshold)
+        axes.axvline(threshold, color=GREY, linestyle=":", linewidth=2, label=f"threshold {threshold:g}")
     upper.legend(loc="upper right")
     return figure
-
-
-def _mark_threshold(axes: Axes, threshold: float) -> None:
-    axes.axvline(threshold, color=GREY, linestyle=":", linewidth=2, label=f"threshold {threshold:g}")

@@ -1,6 +1,6 @@
-"""What a classifier's answers come to: accuracies, loss, calibration, confusions, its worst mistakes.
+"""Classification metrics: accuracies, loss, calibration, confusions, the most confident mistakes.
 
-Pure functions on NumPy arrays: N images, K classes, labels from 0. Accuracies, precision and the like are
+Pure functions on NumPy arrays: N images, K classes, labels from 0. Accuracies, precision, recall and F1 are
 in percent; confidences, probabilities and the calibration error are fractions from 0 to 1.
 """
 
@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-CALIBRATION_BINS = 15  # as in Guo et al. 2017, so that the figures can be compared
+CALIBRATION_BINS = 15  # as in Guo et al. 2017, so that results compare
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """How far confidence is from accuracy, by bins of equal width.
+    """Confidence against accuracy, in B bins of equal width.
 
-    `edges` is [B + 1] from 0 to 1; `accuracy` and `confidence` [B] are means of the bin's images (NaN where
-    it has none), `counts` [B] its images, and `ece` their mean distance, weighted by the counts.
+    `edges` is [B + 1] from 0 to 1; `accuracy` and `confidence` [B] are means over the bin's images (NaN for
+    an empty bin), `counts` [B] the number of its images. `ece`, the expected calibration error, is the mean
+    absolute difference of the two, weighted by the counts.
     """
 
     edges: np.ndarray
@@ -29,7 +30,7 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The figures of one pass over N images; `loss` is in nats an image."""
+    """The metrics of one pass over N images; `loss` is in nats per image."""
 
     images: int
     top1_percent: float
@@ -40,7 +41,7 @@ class Scores:
 
 
 class ClassScores(NamedTuple):
-    """Per class, [K] each, in percent; NaN where it is not defined. `images` is int64 [K]."""
+    """Per class, float64 [K] each, in percent, NaN where undefined. `images` is int64 [K]."""
 
     precision: np.ndarray
     recall: np.ndarray
@@ -49,7 +50,7 @@ class ClassScores(NamedTuple):
 
 
 class ConfusedPair(NamedTuple):
-    """Two classes and how many images of each were taken for the other."""
+    """Two classes, and how many images of each were predicted as the other."""
 
     first: int
     second: int
@@ -58,12 +59,12 @@ class ConfusedPair(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Images of either class taken for the other."""
+        """Images of either class predicted as the other."""
         return self.first_as_second + self.second_as_first
 
 
 def score(logits: np.ndarray, labels: np.ndarray, superclass_of: np.ndarray) -> Scores:
-    """All figures of float [N, K] logits (or log-probabilities) and int [N] labels.
+    """All metrics of float [N, K] logits (or log-probabilities) and int [N] labels.
 
     Args:
         superclass_of: int [K], from class to superclass.
@@ -90,20 +91,20 @@ def score(logits: np.ndarray, labels: np.ndarray, superclass_of: np.ndarray) -> 
 
 
 def percent(hits: np.ndarray) -> float:
-    """The share of true values in bool [N]; 100 * hits / N, as everywhere in this project."""
+    """The percentage of true values in bool [N]: 100 * hits / N, as everywhere in this project."""
     return 100 * int(np.count_nonzero(hits)) / len(hits)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural logarithms of the softmax over the last axis, float64, of the same shape; cannot overflow."""
+    """Log-softmax over the last axis, float64 of the same shape; cannot overflow."""
     shifted = np.asarray(logits, dtype=np.float64)
     shifted = shifted - shifted.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def top_k_percent(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """How many of the labels are among the k largest logits; of equal logits the lower class goes first,
-    so that k = 1 is what argmax gives."""
+    """The percentage of labels among the k largest logits; of equal logits the lower class comes first,
+    so that k = 1 agrees with argmax."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     lower = np.arange(logits.shape[1]) < labels[:, None]
     before = (logits > own) | ((logits == own) & lower)
@@ -113,10 +114,11 @@ def top_k_percent(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
 def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> Calibration:
     """Expected calibration error over `bins` bins of equal width (Guo et al. 2017, arXiv:1706.04599).
 
-    A bin holds the confidences above its lower edge, up to and with its upper edge.
+    A bin holds the confidences above its lower edge, up to and including its upper edge.
 
     Args:
-        confidence: float [N], the probability of the predicted class. correct: bool [N].
+        confidence: float [N], the probability of the predicted class.
+        correct: bool [N].
     """
     edges = np.arange(bins + 1) / bins
     where = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
@@ -136,15 +138,15 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 
 
 def superclass_matrix(matrix: np.ndarray, superclass_of: np.ndarray, superclasses: int) -> np.ndarray:
-    """A confusion matrix of classes [K, K] summed to one of superclasses [S, S]."""
+    """The confusion matrix of superclasses [S, S] from that of classes [K, K]."""
     member = np.eye(superclasses, dtype=np.int64)[superclass_of]  # [K, S]
     return member.T @ matrix @ member
 
 
 def superclass_order(superclass_of: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """The classes, one superclass after another, and where in that order each superclass begins.
+    """The classes grouped by superclass, and where in that order each superclass begins.
 
-    Within a superclass they keep their order; superclasses without a class have no beginning.
+    Within a superclass they keep their order; a superclass without classes is left out.
     """
     order = np.argsort(superclass_of, kind="stable")
     groups = np.asarray(superclass_of)[order]
@@ -165,10 +167,10 @@ def per_class(matrix: np.ndarray) -> ClassScores:
 
 
 def most_confused(matrix: np.ndarray, count: int) -> list[ConfusedPair]:
-    """The pairs of classes most often taken for each other, in either direction; at most `count`.
+    """The pairs of classes confused most often, in either direction; at most `count`.
 
     Sorted by the sum of both directions, then by class. Within a pair, `first` is the class that is
-    mistaken more often.
+    misclassified more often.
     """
     both = np.triu(matrix + matrix.T, k=1)
     rows, columns = np.nonzero(both)
@@ -182,7 +184,7 @@ def most_confused(matrix: np.ndarray, count: int) -> list[ConfusedPair]:
 
 
 def confidently_wrong(logits: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """The images that are classified wrongly with most confidence, most confident first: int64 [<= count]."""
+    """The indices of the most confident wrong predictions, most confident first: int64 [<= count]."""
     wrong = np.flatnonzero(logits.argmax(axis=1) != labels)
     confidence = log_softmax(logits[wrong]).max(axis=1, initial=-np.inf)
     return wrong[np.argsort(-confidence, kind="stable")[:count]]

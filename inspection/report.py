@@ -1,16 +1,27 @@
-"""The report of an evaluation: its pictures as PNG files, and one HTML page that holds everything."""
+"""The report of an evaluation: its figures as PNG files, and one HTML page with everything in it.
 
+The page's text and look are in report.html.j2; it embeds its figures and loads nothing from elsewhere.
+"""
+
+import base64
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
-from matplotlib.figure import Figure
+import torch
 
+from cifar.dataset import ImageData, Split
 from core.files import atomic_write, atomic_write_text
-from inspection import evaluation_plots as draw
+from core.machine import device_name, precision_name, versions
 from inspection.curves import history_figure
-from inspection.html_page import Column, Section, key_figures, page, paragraph, picture, table
+from inspection.eda_plots import tile_figure
+from inspection.evaluation_plots import confusion_figure, per_class_bars_figure, reliability_figure
+from inspection.inference import VIEWS
 from inspection.metrics import (
     ClassScores,
     ConfusedPair,
@@ -24,67 +35,79 @@ from inspection.metrics import (
     superclass_order,
 )
 from inspection.style import png_bytes
+from model import count_parameters
+from training.checkpoint import LoadedModel
+from training.history import history_rows, weights_epoch
 
 PAIRS = 25  # confused pairs in the table
-WORST = 24  # confidently wrong images in the grid
+WORST, WORST_COLUMNS = 24, 8  # confidently wrong images, and how many of them in a row
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluation:
-    """A network's answers to N images of K classes, and where they come from.
+    """A network's predictions for N test images of K classes, and how they were made.
 
-    `logits` is float [N, K], `images` uint8 [N, 32, 32, 3], `labels` int [N], `superclass_of` int [K].
-    `subject` says which weights these are, `data` on what images they were tested ("synthetic ...");
-    both stand beside every figure. `notes` are sentences, `facts` (what, value) pairs; `history` holds the
-    rows of the training run that `training` names, or is empty.
+    `name` begins the names of the report's files; `split` holds the images, `logits` is float32 [N, K];
+    `averaged` holds the metrics averaged over VIEWS, or None.
     """
 
     name: str
-    subject: str
-    data: str
-    images: np.ndarray
-    labels: np.ndarray
+    trained: LoadedModel
+    data: ImageData
+    split: Split
+    device: torch.device
+    precision: str
+    batch_size: int
+    images_per_s: float
     logits: np.ndarray
-    classes: tuple[str, ...]
-    superclasses: tuple[str, ...]
-    superclass_of: np.ndarray
     scores: Scores
-    augmented: Scores | None = None
-    synthetic: bool = False
-    notes: tuple[str, ...] = ()
-    facts: tuple[tuple[str, str], ...] = ()
-    training: str = ""
-    history: tuple[dict[str, Any], ...] = ()
-    milestones: tuple[int, ...] = ()
+    averaged: Scores | None
 
     @property
+    def subject(self) -> str:
+        """The network and its weights, in a few words."""
+        epoch = weights_epoch(self.trained.state)
+        which = "weights within an epoch" if epoch is None else f"epoch {epoch}"
+        return f"{self.trained.recipe.model}, {which}"
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the images are not those of CIFAR-100."""
+        return self.data.name == "synthetic"
+
+    @property
+    def data_note(self) -> str:
+        """The images in words, which name synthetic data as such, and a subset."""
+        count, total = len(self.split), len(self.data.test)
+        which = "all" if count == total else f"a balanced subset of {count:,} of the"
+        name = "the synthetic data (not CIFAR-100)" if self.synthetic else "CIFAR-100"
+        return f"{which} {total:,} test images of {name}"
+
+    @property
+    def setting_note(self) -> str:
+        """Device, precision and batch size in words."""
+        precision = precision_name(self.precision, self.device)
+        return f"{device_name(self.device)}, {precision}, batches of {self.batch_size:,}"
+
+    @cached_property
     def predictions(self) -> np.ndarray:
         """int64 [N]: the class of the largest logit."""
         return self.logits.argmax(axis=1)
 
-    @property
+    @cached_property
     def matrix(self) -> np.ndarray:
         """int64 [K, K]: images by true and predicted class."""
-        return confusion_matrix(self.labels, self.predictions, len(self.classes))
+        return confusion_matrix(self.split.labels, self.predictions, len(self.data.classes))
 
-    @property
-    def grouped(self) -> np.ndarray:
+    @cached_property
+    def superclass_matrix(self) -> np.ndarray:
         """int64 [S, S]: images by true and predicted superclass."""
-        return superclass_matrix(self.matrix, self.superclass_of, len(self.superclasses))
+        return superclass_matrix(self.matrix, self.data.superclass_of, len(self.data.superclasses))
 
 
-class Picture(NamedTuple):
-    """A PNG file's content, what it shows in words, and the caption of the page."""
-
-    png: bytes
-    alt: str
-    caption: str
-
-
-def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str | None]]:
-    """(what, plain figure, figure averaged over views or None), ready to print."""
-    columns = [evaluation.scores] + ([evaluation.augmented] if evaluation.augmented else [])
-    shown = [
+def score_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """(metric, value) with units, ready to print; a third column where there is an average over views."""
+    columns = [
         (
             f"{scores.top1_percent:.2f} %",
             f"{scores.top5_percent:.2f} %",
@@ -92,245 +115,159 @@ def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str | None]]:
             f"{scores.loss:.4f} nats",
             f"{100 * scores.calibration.ece:.2f} %",
         )
-        for scores in columns
+        for scores in (evaluation.scores, evaluation.averaged)
+        if scores
     ]
     names = ("Top-1 accuracy", "Top-5 accuracy", "Superclass accuracy", "Loss", "Calibration error")
-    averaged = shown[1] if evaluation.augmented else (None,) * len(names)
-    return list(zip(names, shown[0], averaged, strict=True))
+    return list(zip(names, *columns, strict=True))
 
 
 def confused_pairs(evaluation: Evaluation, count: int = PAIRS) -> list[tuple[str, str, ConfusedPair]]:
-    """(class, class, counts) of the classes most often taken for each other."""
-    names = evaluation.classes
+    """(class, class, counts) of the pairs of classes confused most often."""
+    names = evaluation.data.classes
     return [(names[p.first], names[p.second], p) for p in most_confused(evaluation.matrix, count)]
 
 
-def write_report(evaluation: Evaluation, folder: Path) -> Path:
+def write_report(evaluation: Evaluation, comparison: str, folder: Path) -> Path:
     """Write NAME_*.png and NAME_report.html to `folder`; return the page's path.
+
+    Args:
+        comparison: a sentence for the page: how these metrics compare with those of the training run.
 
     Raises:
         RunError: a file cannot be written.
     """
-    pictures = draw_pictures(evaluation)
-    for key, drawn in pictures.items():
+    figures = draw_figures(evaluation)
+    for key, png in figures.items():
         with atomic_write(folder / f"{evaluation.name}_{key}.png") as file:
-            file.write(drawn.png)
-    if evaluation.history:  # the run's own plots are in its folder already: on the page only
-        pictures["history"] = _history_picture(evaluation)
+            file.write(png)
+    recipe, history = evaluation.trained.recipe, history_rows(evaluation.trained.state)
+    if history:  # on the page only: the run has left its own plots
+        title = f"Training: {recipe.model} on {recipe.data_note}"
+        figures["history"] = png_bytes(
+            history_figure(history, milestones=recipe.milestone_epochs, title=title)
+        )
     path = folder / f"{evaluation.name}_report.html"
-    atomic_write_text(path, report_page(evaluation, pictures))
+    atomic_write_text(path, render_page(evaluation, comparison, figures))
     return path
 
 
-def draw_pictures(evaluation: Evaluation) -> dict[str, Picture]:
-    """The pictures by the end of their file's name; none of mistakes where there are none."""
-    title = f"{evaluation.subject}, {evaluation.data}"
-    pictures = {
-        "reliability": _reliability_picture(evaluation, title),
-        "confusion_superclasses": _superclass_picture(evaluation, title),
-        "f1": _f1_picture(evaluation, title),
-        "confusion": _class_picture(evaluation, title),
-    }
-    worst = confidently_wrong(evaluation.logits, evaluation.labels, WORST)
-    if len(worst):
-        pictures["confidently_wrong"] = _mistakes_picture(evaluation, worst, title)
-    return pictures
-
-
-def _drawn(figure: Figure, alt: str, caption: str) -> Picture:
-    return Picture(png_bytes(figure), alt, caption)
-
-
-def _reliability_picture(evaluation: Evaluation, title: str) -> Picture:
-    bins = evaluation.scores.calibration
-    parts = bins.edges, bins.accuracy, bins.confidence, bins.counts, bins.ece
-    return _drawn(
-        draw.reliability_figure(*parts, f"Reliability: {title}"),
-        f"Bars of accuracy by confidence in {len(bins.counts)} bins beside the diagonal of perfect "
-        f"calibration, over a histogram of the images. Expected calibration error {100 * bins.ece:.2f} %.",
-        "Accuracy against confidence; the table holds the same figures",
-    )
-
-
-def _superclass_picture(evaluation: Evaluation, title: str) -> Picture:
-    return _drawn(
-        draw.confusion_figure(evaluation.grouped, evaluation.superclasses, None, f"Superclasses: {title}"),
-        f"Confusion matrix of {len(evaluation.superclasses)} superclasses, true by predicted; "
-        f"{evaluation.scores.superclass_percent:.2f} % of the images lie on the diagonal.",
-        "Images by true and predicted superclass",
-    )
-
-
-def _class_picture(evaluation: Evaluation, title: str) -> Picture:
-    order, starts = superclass_order(evaluation.superclass_of)
-    matrix = evaluation.matrix[np.ix_(order, order)]
-    groups = [evaluation.superclasses[evaluation.superclass_of[order[start]]] for start in starts]
-    return _drawn(
-        draw.confusion_figure(matrix, groups, starts, f"Classes by superclass: {title}"),
-        f"Confusion matrix of {len(order)} classes, true by predicted, ordered by superclass; "
-        f"{evaluation.scores.top1_percent:.2f} % of the images lie on the diagonal. The table of confused "
-        "pairs names its largest cells off the diagonal.",
-        "Images by true and predicted class; lines part the superclasses",
-    )
-
-
-def _f1_picture(evaluation: Evaluation, title: str) -> Picture:
-    return _drawn(
-        draw.per_class_bars_figure(
-            evaluation.classes, per_class(evaluation.matrix).f1, "F1 (%)", f"F1: {title}"
+def draw_figures(evaluation: Evaluation) -> dict[str, bytes]:
+    """PNG files by the end of their name; "confidently_wrong" is absent if no prediction is wrong."""
+    title = f"{evaluation.subject}, {evaluation.data_note}"
+    data, matrix = evaluation.data, evaluation.matrix
+    order, starts = superclass_order(data.superclass_of)
+    groups = [data.superclasses[data.superclass_of[order[start]]] for start in starts]
+    figures = {
+        "reliability": reliability_figure(evaluation.scores.calibration, f"Reliability: {title}"),
+        "confusion_superclasses": confusion_figure(
+            evaluation.superclass_matrix, data.superclasses, None, f"Superclasses: {title}"
         ),
-        "Bars of the F1 score of each class, from the best to the worst; the table holds the same figures.",
-        "F1 score of each class, from the best to the worst",
-    )
-
-
-def _mistakes_picture(evaluation: Evaluation, worst: np.ndarray, title: str) -> Picture:
-    confidence = np.exp(log_softmax(evaluation.logits[worst]).max(axis=1))
-    names, guesses = evaluation.classes, evaluation.predictions[worst]
-    captions = [
-        f"is {names[label]}\nsaid {names[guess]}\n{100 * sure:.1f} %"
-        for label, guess, sure in zip(evaluation.labels[worst], guesses, confidence, strict=True)
-    ]
-    said = "; ".join(caption.replace("\n", ", ") for caption in captions)
-    return _drawn(
-        draw.image_grid_figure(evaluation.images[worst], captions, 6, f"Confidently wrong: {title}"),
-        f"{len(worst)} test images: {said}.",
-        "The wrong answers given with most confidence; some labels are arguable",
-    )
-
-
-def _history_picture(evaluation: Evaluation) -> Picture:
-    title = f"Training: {evaluation.training}"
-    return _drawn(
-        history_figure(evaluation.history, milestones=evaluation.milestones, title=title),
-        f"Loss, accuracy, learning rate and generalisation gap over {len(evaluation.history)} epochs.",
-        "The training run, epoch by epoch",
-    )
-
-
-def report_page(evaluation: Evaluation, pictures: dict[str, Picture]) -> str:
-    """The page's HTML."""
-    introduction = paragraph(f"{evaluation.subject}, tested on {evaluation.data}.")
-    if evaluation.synthetic:
-        introduction += paragraph(
-            "Synthetic data: drawn images, not CIFAR-100. No figure here says anything about CIFAR-100.",
-            note=True,
+        "f1": per_class_bars_figure(data.classes, per_class(matrix).f1, "F1 (%)", f"F1: {title}"),
+        "confusion": confusion_figure(
+            matrix[np.ix_(order, order)], groups, starts, f"Classes by superclass: {title}"
+        ),
+    }
+    worst = confidently_wrong(evaluation.logits, evaluation.split.labels, WORST)
+    if len(worst):
+        columns = min(WORST_COLUMNS, len(worst))
+        rows = -(-len(worst) // columns)
+        tiles = np.full((rows * columns, *evaluation.split.images.shape[1:]), 255, dtype=np.uint8)
+        tiles[: len(worst)] = evaluation.split.images[worst]
+        captions = np.full(rows * columns, "", dtype=object)
+        captions[: len(worst)] = ["\n".join(row) for row in mistake_rows(evaluation)]
+        figures["confidently_wrong"] = tile_figure(
+            tiles.reshape(rows, columns, *tiles.shape[1:]),
+            f"Confidently wrong: {title}",
+            captions=captions.reshape(rows, columns).tolist(),
+            scale=4,
         )
-    introduction += _scores_part(evaluation)
-    introduction += "".join(paragraph(note) for note in evaluation.notes)
-    sections = [
-        Section("Superclasses", _superclass_part(evaluation, pictures)),
-        Section("Classes", _class_part(evaluation, pictures)),
-        Section("Confusions", _confusion_part(evaluation, pictures)),
-        Section("Confidently wrong", _mistakes_part(pictures)),
-        Section("Calibration", _calibration_part(evaluation, pictures)),
-        Section("Where this comes from", _origin_part(evaluation, pictures)),
-    ]
-    kind = "synthetic data" if evaluation.synthetic else "CIFAR-100"
-    title = f"{evaluation.name}: {evaluation.scores.top1_percent:.2f} % top-1 on {kind}"
-    return page(title, introduction, sections)
+    return {key: png_bytes(figure) for key, figure in figures.items()}
 
 
-def _shown(pictures: dict[str, Picture], key: str, least_width_px: int = 0) -> str:
-    return picture(*pictures[key], least_width_px=least_width_px)
-
-
-def _scores_part(evaluation: Evaluation) -> str:
-    rows = score_rows(evaluation)
-    tiles = [(name, plain) for name, plain, _ in rows] + [("Images", f"{evaluation.scores.images:,}")]
-    part = key_figures(tiles)
-    if evaluation.augmented:
-        columns = [Column("Figure"), Column("Plain"), Column("Averaged")]
-        rows = [tuple((cell or "").replace(" ", "\N{NO-BREAK SPACE}") for cell in row) for row in rows]
-        part += table("Plain, and averaged over views of each image", columns, rows)
-    return part
-
-
-_SCORE_COLUMNS = (
-    Column("F1 (%)", ".2f"),
-    Column("Precision (%)", ".2f"),
-    Column("Recall (%)", ".2f"),
-    Column("Images", ",d"),
-)
-
-
-def _score_cells(scores: ClassScores, index: int) -> tuple[float, ...]:
-    """One class's cells of _SCORE_COLUMNS."""
-    return tuple(column[index] for column in (scores.f1, scores.precision, scores.recall, scores.images))
-
-
-def _superclass_part(evaluation: Evaluation, pictures: dict[str, Picture]) -> str:
-    scores = per_class(evaluation.grouped)
-    columns = [Column("Superclass"), *_SCORE_COLUMNS]
-    order = np.argsort(-scores.f1, kind="stable")
-    rows = [(evaluation.superclasses[i], *_score_cells(scores, i)) for i in order]
-    right, within = evaluation.scores.top1_percent, evaluation.scores.superclass_percent
-    share = ""
-    if right < 100:
-        share = f" {100 * (within - right) / (100 - right):.0f} % of the wrong answers stay within it."
-    text = f"An answer is right here if it is any class of the true superclass: {within:.2f} % are."
-    return (
-        paragraph(text + share)
-        + _shown(pictures, "confusion_superclasses", 720)
-        + table("Superclasses from the best to the worst F1", columns, rows, sorted_by=1)
+def mistake_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """("true: apple", "predicted: pear", "99.9 %") of the most confident wrong predictions."""
+    worst, names = (
+        confidently_wrong(evaluation.logits, evaluation.split.labels, WORST),
+        evaluation.data.classes,
     )
+    confidence = 100 * np.exp(log_softmax(evaluation.logits[worst]).max(axis=1))
+    labels = zip(evaluation.split.labels[worst], evaluation.predictions[worst], confidence, strict=True)
+    return [(f"true: {names[t]}", f"predicted: {names[p]}", f"{percent:.1f} %") for t, p, percent in labels]
 
 
-def _class_part(evaluation: Evaluation, pictures: dict[str, Picture]) -> str:
-    scores, matrix = per_class(evaluation.matrix), evaluation.matrix
-    columns = [Column("Class"), *_SCORE_COLUMNS, Column("Most often taken for"), Column("Superclass")]
-    rows = []
-    for i in np.argsort(-scores.f1, kind="stable"):
-        others = np.where(np.arange(len(matrix)) == i, 0, matrix[i])
-        rival = f"{evaluation.classes[others.argmax()]} ({others.max()})" if others.any() else ""
-        group = evaluation.superclasses[evaluation.superclass_of[i]]
-        rows.append((evaluation.classes[i], *_score_cells(scores, i), rival, group))
-    text = (
-        "Precision: how many of the images said to be of a class are. Recall: how many of its images are "
-        "said to be. F1: their harmonic mean."
+def render_page(evaluation: Evaluation, comparison: str, figures: dict[str, bytes]) -> str:
+    """The page's HTML; all text is escaped, so that no name can become markup.
+
+    Args:
+        figures: PNG files under the keys of `draw_figures`, and "history" if there is one.
+    """
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    caption = "Classes from the best to the worst F1"
-    return (
-        paragraph(text) + _shown(pictures, "f1", 960) + table(caption, columns, rows, sorted_by=1, tall=True)
-    )
-
-
-def _confusion_part(evaluation: Evaluation, pictures: dict[str, Picture]) -> str:
-    columns = [Column("One"), Column("Other")]
-    columns += [Column(name, ",d") for name in ("Both ways", "One said to be other", "Other said to be one")]
-    pairs = confused_pairs(evaluation)
-    rows = [(a, b, p.total, p.first_as_second, p.second_as_first) for a, b, p in pairs]
-    found = table("Pairs of classes most often confused", columns, rows, sorted_by=2)
-    return (found if rows else paragraph("No class was taken for another.")) + _shown(
-        pictures, "confusion", 720
-    )
-
-
-def _mistakes_part(pictures: dict[str, Picture]) -> str:
-    if "confidently_wrong" not in pictures:
-        return paragraph("No image was classified wrongly.")
-    return _shown(pictures, "confidently_wrong", 720)
-
-
-def _calibration_part(evaluation: Evaluation, pictures: dict[str, Picture]) -> str:
     bins = evaluation.scores.calibration
-    right = evaluation.scores.top1_percent
-    sure = 100 * np.nansum(bins.confidence * bins.counts) / bins.counts.sum()
-    word = "overconfident" if sure > right else "underconfident"
-    columns = [Column("Confidence above", ".3f"), Column("up to", ".3f"), Column("Images", ",d")]
-    columns += [Column("Accuracy (%)", ".2f"), Column("Mean confidence (%)", ".2f")]
-    rows = zip(
-        bins.edges[:-1], bins.edges[1:], bins.counts, 100 * bins.accuracy, 100 * bins.confidence, strict=True
+    # The size is in a PNG's header: the browser keeps room for a picture before it is decoded.
+    embedded = {
+        key: (*struct.unpack(">II", png[16:24]), base64.b64encode(png).decode("ascii"))
+        for key, png in figures.items()
+    }
+    return environment.get_template("report.html.j2").render(
+        evaluation=evaluation,
+        scores=evaluation.scores,
+        comparison=comparison,
+        figures=embedded,
+        views=len(VIEWS),
+        score_rows=score_rows(evaluation),
+        superclass_rows=_rows_by_f1(evaluation.data.superclasses, per_class(evaluation.superclass_matrix)),
+        class_rows=_class_rows(evaluation),
+        pair_rows=[
+            (a, b, pair.total, pair.first_as_second, pair.second_as_first)
+            for a, b, pair in confused_pairs(evaluation)
+        ],
+        mistakes=[", ".join(row) for row in mistake_rows(evaluation)],
+        confidence=100 * np.nansum(bins.confidence * bins.counts) / bins.counts.sum(),
+        bin_rows=[
+            (f"{low:.3f} to {high:.3f}", count, 100 * accuracy, 100 * confidence)
+            for (low, high), count, accuracy, confidence in zip(
+                pairwise(bins.edges), bins.counts, bins.accuracy, bins.confidence, strict=True
+            )
+        ],
+        setup=_setup_rows(evaluation),
+        epochs=len(history_rows(evaluation.trained.state)),
     )
-    text = (
-        f"On average the network is {sure:.2f} % sure and {right:.2f} % right: {word}. The expected "
-        f"calibration error, {100 * bins.ece:.2f} %, is the mean distance of the two over "
-        f"{len(bins.counts)} bins of equal width, weighted by their images (Guo et al. 2017)."
-    )
-    bin_table = table("Bins of confidence", columns, list(rows))
-    return paragraph(text) + _shown(pictures, "reliability", 480) + bin_table
 
 
-def _origin_part(evaluation: Evaluation, pictures: dict[str, Picture]) -> str:
-    facts = table("How these figures were made", [Column("What"), Column("Value")], evaluation.facts)
-    return facts + (_shown(pictures, "history", 900) if "history" in pictures else "")
+def _rows_by_f1(
+    names: Sequence[str], scores: ClassScores, *more: Sequence[str]
+) -> list[tuple[str | float, ...]]:
+    """(name, F1, precision, recall, images, and a cell of each column of `more`), best F1 first."""
+    columns = names, scores.f1, scores.precision, scores.recall, scores.images, *more
+    return [tuple(column[i] for column in columns) for i in np.argsort(-scores.f1, kind="stable")]
+
+
+def _class_rows(evaluation: Evaluation) -> list[tuple[str | float, ...]]:
+    """`_rows_by_f1` of the classes, with what each is most often predicted as, and its superclass."""
+    data, mistakes = evaluation.data, evaluation.matrix.copy()
+    np.fill_diagonal(mistakes, 0)
+    rivals = [f"{data.classes[row.argmax()]} ({row.max()})" if row.any() else "" for row in mistakes]
+    groups = [data.superclasses[group] for group in data.superclass_of]
+    return _rows_by_f1(data.classes, per_class(evaluation.matrix), rivals, groups)
+
+
+def _setup_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """(what, value) pairs that say how the metrics were measured."""
+    trained, recipe = evaluation.trained, evaluation.trained.recipe
+    rows = [
+        ("Weights", trained.path.name),
+        ("Network", f"{recipe.model}, {count_parameters(trained.model):,} parameters"),
+        ("Training", f"{recipe.epochs} epochs of SGD, batch {recipe.batch_size}, {recipe.schedule_note}"),
+        ("Training data", f"{recipe.data_note}, {recipe.augment} augmentation, seed {recipe.seed}"),
+        ("Test data", evaluation.data_note),
+        ("Test", evaluation.setting_note),
+        ("Throughput", f"{evaluation.images_per_s:,.0f} images/s, without loading"),
+    ]
+    if evaluation.averaged:
+        views = f"{len(VIEWS)}: shifted by a pixel in four directions or not, mirrored or not; equal weights"
+        rows.append(("Views", views))
+    return rows + list(versions().items())

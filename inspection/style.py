@@ -1,4 +1,4 @@
-"""What all figures share: colours, look, the empty figure, and the PNG file that it becomes.
+"""What all figures share: colours, style, the empty figure, and the PNG file it becomes.
 
 Nothing here needs a display or touches `pyplot`'s global state, and the same figure gives the same bytes.
 """
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from core.files import atomic_write
 
-# Okabe & Ito, "Color Universal Design" (2008): told apart with every common colour blindness.
+# Okabe & Ito, "Color Universal Design" (2008): distinct with every common colour blindness.
 BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#666666"
 
@@ -31,16 +31,16 @@ STYLE: dict[str, Any] = {
 
 
 def styled(more: Mapping[str, Any] | None = None) -> contextlib.AbstractContextManager[None]:
-    """The look above on matplotlib's own defaults, so that a matplotlibrc changes nothing; a decorator too.
+    """STYLE on matplotlib's defaults, whatever a matplotlibrc says; a context manager and a decorator.
 
     Args:
-        more: further matplotlib settings, which come last.
+        more: further matplotlib settings, which override these.
     """
     return matplotlib.style.context(["default", {**STYLE, **(more or {})}])
 
 
 def new_figure(width_in: float, height_in: float, title: str) -> Figure:
-    """An empty figure at 120 pixels an inch, with a title wrapped to its width."""
+    """An empty figure at 120 dots per inch, with a title wrapped to its width."""
     figure = Figure(figsize=(width_in, height_in), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)
@@ -49,16 +49,16 @@ def new_figure(width_in: float, height_in: float, title: str) -> Figure:
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG file's content, at its own size and resolution."""
+    """The content of the figure's PNG file."""
     buffer = io.BytesIO()
     with styled():
-        # matplotlib signs its files with its version; without that the bytes depend on input alone.
+        # without matplotlib's version in it, so that the bytes depend on the input alone
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def write_png(figure: Figure, path: str | Path) -> Path:
-    """Render first, write after, so that no failed drawing reaches the disk; return the path.
+    """Write the figure, rendered completely first, as a PNG; return the path.
 
     Raises:
         RunError: the file cannot be written.

@@ -182,7 +182,7 @@ def bright_images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Evaluated"]:
-    """A small run, and what evaluate.py made of it."""
+    """A small run, and its evaluation."""
     from helpers.small_run import evaluate_small_run
 
     folder, data_dir = tmp_path_factory.mktemp("output"), tmp_path_factory.mktemp("data")

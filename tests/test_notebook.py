@@ -1,4 +1,4 @@
-"""The notebook runs top to bottom on a part of the data, and the committed one shows all of the real data."""
+"""The notebook runs top to bottom on a subset of the data; the committed one shows all of the real data."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from conftest import REPOSITORY
 from helpers.tiny_checkpoint import save_tiny_checkpoint
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOK = REPOSITORY / "cifar100_eda.ipynb"
 FIGURES = 15  # one more where there are trained weights
 IMAGES = 600
@@ -29,30 +29,18 @@ def executed(folder: Path, **environment: str) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     settings = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment
-    client = NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    )
-    client.execute(env=settings)
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute(env=settings)
     return notebook
-
-
-def texts_of(notebook: nbformat.NotebookNode) -> list[str]:
-    """Every Markdown output, in order."""
-    return [
-        output.data["text/markdown"]
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if "text/markdown" in output.get("data", {})
-    ]
 
 
 def outputs_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def pictures_in(notebook: nbformat.NotebookNode) -> int:
-    return sum("image/png" in output.get("data", {}) for output in outputs_of(notebook))
+def shown(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
+    """Every output of a MIME type, in order."""
+    return [output.data[kind] for output in outputs_of(notebook) if kind in output.get("data", {})]
 
 
 def real_data() -> Path | None:
@@ -71,8 +59,8 @@ def test_it_runs_top_to_bottom_on_a_part_of_the_data(tmp_path: Path) -> None:
     chosen = {"EDA_DATASET": "cifar100", "CIFAR_DATA": str(data)} if data else {"EDA_DATASET": "synthetic"}
     done = executed(tmp_path, EDA_IMAGES=str(IMAGES), **chosen)
     # the pairs of different labels may be none
-    assert pictures_in(done) >= FIGURES - 1 + (data is not None)
-    texts = texts_of(done)
+    assert len(shown(done, "image/png")) >= FIGURES - 1 + (data is not None)
+    texts = shown(done, "text/markdown")
     assert any(f"{IMAGES} training and {IMAGES // 5} test images" in text for text in texts)
     assert ("not CIFAR-100" in texts[0]) == (data is None)
     assert any("tiny_best.pth" in text for text in texts) == (data is not None)
@@ -81,25 +69,22 @@ def test_it_runs_top_to_bottom_on_a_part_of_the_data(tmp_path: Path) -> None:
 
 
 def test_what_is_committed_is_the_whole_of_the_real_data(committed: nbformat.NotebookNode) -> None:
-    assert pictures_in(committed) >= FIGURES
-    texts = texts_of(committed)
+    assert len(shown(committed, "image/png")) >= FIGURES
+    texts = shown(committed, "text/markdown")
     assert "| training | 50,000 |" in texts[0] and "| test | 10,000 |" in texts[0]
     assert not any("ynthetic" in text or "part of the data" in text for text in texts)
 
 
-def test_what_is_committed_ran_in_order_without_errors_or_messages(committed: nbformat.NotebookNode) -> None:
+def test_what_is_committed_ran_in_order_is_small_and_of_no_machine(committed: nbformat.NotebookNode) -> None:
     code = [cell for cell in committed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert {output.output_type for output in outputs_of(committed)} == {"display_data"}
-
-
-def test_what_is_committed_is_small_and_of_no_machine(committed: nbformat.NotebookNode) -> None:
     assert NOTEBOOK.stat().st_size < 3_000_000
     assert committed.metadata.kernelspec.name == "python3"
     for output in outputs_of(committed):
-        shown = json.dumps({kind: text for kind, text in output.data.items() if kind != "image/png"})
+        text = json.dumps({kind: text for kind, text in output.data.items() if kind != "image/png"})
         # a slash after a quote, a blank or nothing begins a path; HTML's closing tags and ratios do not
-        assert not re.search(r"(?<![\w<\]])/(tmp|work|root|home|usr)\b", shown), shown
+        assert not re.search(r"(?<![\w<\]])/(tmp|work|root|home|usr)\b", text), text
     assert not any("/tmp" in cell.source or "/work" in cell.source for cell in committed.cells)
 
 

@@ -1,12 +1,68 @@
-"""A run's history: its CSV table, the line of each epoch, and the analysis at the end."""
+"""A run's history: its rows and CSV table, the line of each epoch, the analysis at the end."""
 
 import csv
 import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from training.recipe import Recipe
+
+# A run with a validation split measures it after each epoch, and the test images only at the end.
+REQUIRED_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_acc_percent")
+HELD_OUT_COLUMNS = {"test": ("test_loss", "test_acc_percent"), "val": ("val_loss", "val_acc_percent")}
+
+
+@dataclass(frozen=True)
+class LoggedMetrics:
+    """What a run logged for given weights: top-1 in percent, loss in nats; `where` names the source."""
+
+    where: str
+    accuracy_percent: float
+    loss: float
+
+
+def history_rows(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The complete rows of a checkpoint's history; incomplete or foreign entries are skipped."""
+    rows = state.get("history")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [row for row in rows if any(_is_complete(row, columns) for columns in HELD_OUT_COLUMNS.values())]
+
+
+def _is_complete(row: Mapping[str, Any], held_out: Sequence[str]) -> bool:
+    values = [row.get(name) for name in (*REQUIRED_COLUMNS, *held_out)]
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
+def weights_epoch(state: Mapping[str, Any]) -> int | None:
+    """The epoch, from 1, after which a checkpoint's weights were saved; None if saved within an epoch."""
+    epoch = state.get("epoch")
+    if not isinstance(epoch, int):
+        return None
+    if state.get("kind") != "last":
+        return epoch
+    # a state to resume from names the epoch that comes next, or the one it stopped in
+    return epoch - 1 if state.get("batches_done") == 0 and epoch > 1 else None
+
+
+def find_logged_metrics(state: Mapping[str, Any]) -> LoggedMetrics | None:
+    """The test metrics that a checkpoint holds for its own weights, or None."""
+    epoch = weights_epoch(state)
+    for row in history_rows(state):
+        # a state to resume from holds the raw weights, other files the averaged ones where there are any
+        raw = state.get("kind") == "last" or "ema_test_loss" not in row
+        loss, accuracy = (name if raw else f"ema_{name}" for name in HELD_OUT_COLUMNS["test"])
+        if row["epoch"] == epoch and _is_complete(row, (loss, accuracy)):
+            return LoggedMetrics(f"the history's for epoch {epoch}", row[accuracy], row[loss])
+    tests = state.get("final_test")
+    best = tests.get("best") if isinstance(tests, dict) else None
+    if state.get("kind") == "results" and isinstance(best, dict):
+        values = best.get("accuracy_percent"), best.get("loss")
+        if all(isinstance(value, int | float) for value in values):
+            return LoggedMetrics("the run's at its end", *values)
+    return None
 
 
 def analyse(

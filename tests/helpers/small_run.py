@@ -1,4 +1,4 @@
-"""A small run and what evaluate.py makes of it, for tests of the figures and of the page."""
+"""A small run and its evaluation, for tests of the metrics and of the report."""
 
 import json
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from cifar import dataset
 from cifar.dataset import balanced_subset, load_dataset
 from conftest import install_tiny_cifar, tiny_split
 from core.cli import Interrupts
+from inspection.report import Evaluation, write_report
 from model import build_model
 from training import checkpoint
 from training.engine import Metrics, TrainStep
@@ -44,17 +45,14 @@ def teach(model: nn.Module, data: dataset.ImageData) -> None:
 
 
 def make_run(folder: Path, data: dataset.ImageData, recipe: Recipe, name: str) -> Run:
-    """A run of one epoch, without training: the figures of its history are the engine's."""
+    """A run of one epoch, without training: the test metrics of its history are the engine's."""
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model).to(memory_format=torch.channels_last)
     teach(model, data)
     optimizer = recipe.build_optimizer(model)
     step = TrainStep(model, recipe.build_criterion(), optimizer, recipe.build_scheduler(optimizer, 1))
-    extra = {
-        "classes": list(data.classes),
-        "superclasses": list(data.superclasses),
-        "superclass_of": data.superclass_of.tolist(),
-    }
+    extra = {"classes": list(data.classes), "superclasses": list(data.superclasses)}
+    extra["superclass_of"] = data.superclass_of.tolist()
     files = RunFiles(folder, name)
     options = {"batches_per_epoch": 1, "interrupts": Interrupts(), "resume_command": ""}
     run = Run(files, recipe, step, **options, extra=extra)
@@ -66,17 +64,15 @@ def make_run(folder: Path, data: dataset.ImageData, recipe: Recipe, name: str) -
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A small run, and what evaluate.py made of it."""
+    """A small run, and what evaluate.py made of it: exit code, JSON, and what the report shows."""
 
     folder: Path
     data_dir: Path
+    flags: list[str]
     run: Run
     code: int
-    figures: dict[str, Any]
-
-    @property
-    def flags(self) -> list[str]:
-        return ["--data-dir", str(self.data_dir), "--output-dir", str(self.folder), "--device", "cpu"]
+    metrics: dict[str, Any]
+    evaluation: Evaluation
 
     @property
     def page(self) -> Path:
@@ -92,7 +88,10 @@ def evaluate_small_run(patch: pytest.MonkeyPatch, folder: Path, data_dir: Path) 
     run = make_run(folder, data, recipe, "small")
     # the run is on part of the images, which the carried weights come before
     patch.setattr(checkpoint, "CARRIED_WEIGHTS", folder / "none.pth")
-    done = Evaluated(folder, data_dir, run, -1, {})
-    code = evaluate.main([*done.flags, "--tta", "--json", str(folder / "figures.json")])
-    figures = json.loads((folder / "figures.json").read_text())
-    return Evaluated(folder, data_dir, run, code, figures)
+    shown = []
+    with pytest.MonkeyPatch.context() as spy:
+        spy.setattr(evaluate, "write_report", lambda *args: shown.append(args[0]) or write_report(*args))
+        flags = ["--data-dir", str(data_dir), "--output-dir", str(folder), "--device", "cpu"]
+        code = evaluate.main([*flags, "--tta", "--json", str(folder / "metrics.json")])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return Evaluated(folder, data_dir, flags, run, code, metrics, shown[0])

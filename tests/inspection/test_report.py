@@ -1,4 +1,4 @@
-"""The page that evaluate.py leaves: it holds the figures and pictures, and works in a browser."""
+"""The report of evaluate.py: it holds metrics and figures, escapes all text, and works in a browser."""
 
 import base64
 import io
@@ -6,47 +6,126 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from test_html_page import Tags
 
 from helpers.small_run import NAMES, Evaluated
+from inspection.report import Evaluation, draw_figures, render_page
+
+NASTY = "<script>alert(\"1\")</script> & 'x' {{ 7 }}"
 
 
-def test_page_holds_its_pictures_and_leads_nowhere_else(evaluated: Evaluated) -> None:
+class Tags(HTMLParser):
+    """Every start tag with its attributes, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        """The attributes of each tag of that name."""
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def page_of(evaluation: Evaluation, comparison: str = "") -> Tags:
+    """The page with one small picture in place of every figure."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "PNG")
+    keys = ("confusion_superclasses", "f1", "confusion", "confidently_wrong", "reliability", "history")
+    return Tags(render_page(evaluation, comparison, dict.fromkeys(keys, buffer.getvalue())))
+
+
+def test_page_holds_its_figures_and_leads_nowhere_else(evaluated: Evaluated) -> None:
     html = evaluated.page.read_text("utf-8")
     tags = Tags(html)
     images = tags.of("img")
     assert len(images) == 6
-    for image in images:
-        content = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
+    contents = [
+        base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
+        for image in images
+    ]
+    for image, content in zip(images, contents, strict=True):
         with Image.open(io.BytesIO(content)) as picture:
             picture.load()
-            assert (picture.format, str(picture.width)) == ("PNG", image["width"])
+            size = (image["width"], image["height"])
+            assert (picture.format, *map(str, picture.size)) == ("PNG", *size)
         assert len(image["alt"]) > 40
-    files = sorted(path.name for path in evaluated.folder.glob("small_*.png"))
-    inside = {base64.b64decode(image["src"].partition(",")[2]) for image in images}
-    pictures = [name for name in files if name != "small_training_plots.png"]
-    assert len(pictures) == 5
-    assert all((evaluated.folder / name).read_bytes() in inside for name in pictures)
+    files = set(evaluated.folder.glob("small_*.png")) - {evaluated.folder / "small_training_plots.png"}
+    assert len(files) == 5 and all(path.read_bytes() in contents for path in files)
     assert not re.search(r"https?:|//[a-z]", re.sub(r'src="[^"]*"', "", html))
-    leading = [value for _, found in tags.tags for key, value in found.items() if key in ("href", "src")]
-    assert all(value.startswith(("#", "data:")) for value in leading)
+    links = [value for _, found in tags.tags for key, value in found.items() if key in ("href", "src")]
+    assert all(value.startswith(("#", "data:")) for value in links)
+    assert [link["href"] for link in tags.of("a")] == [f"#{heading['id']}" for heading in tags.of("h2")]
+    policy = next(meta["content"] for meta in tags.of("meta") if "http-equiv" in meta)
+    assert policy.startswith("default-src 'none'")
     assert not list(evaluated.folder.glob(".*.tmp"))
 
 
 def test_page_says_what_the_json_says(evaluated: Evaluated) -> None:
     tags = Tags(evaluated.page.read_text("utf-8"))
-    figures = evaluated.figures
-    for text in (f"{figures['top1']:.2f} %", f"{figures['loss']:.4f} nats", f"{100 * figures['ece']:.2f} %"):
+    metrics = evaluated.metrics
+    for text in (f"{metrics['top1']:.2f} %", f"{metrics['loss']:.4f} nats", f"{100 * metrics['ece']:.2f} %"):
         assert text in tags.text
     assert "so does the loss" in tags.text and "class_7 & <co>" in tags.text
     assert "a balanced subset of 150 of the 200 test images of CIFAR-100" in tags.text
+    assert "synthetic" not in tags.text
     assert len(tags.of("table")) == 6
-    assert all("data-sortable" in table for table in tags.of("table"))
     assert [heading for heading, _ in tags.tags if heading in ("h1", "h2", "h3")] == ["h1"] + ["h2"] * 6
+
+
+def test_text_from_outside_never_becomes_markup(evaluated: Evaluated) -> None:
+    plain = evaluated.evaluation
+    names = tuple(f"{NASTY}{label}" for label in range(100))
+    data = replace(plain.data, classes=names, superclasses=names[:20])
+    hostile = page_of(replace(plain, name=NASTY, data=data), NASTY)
+    assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in page_of(plain).tags]
+    assert all(name in hostile.text for name in names)
+    assert any(NASTY in image["alt"] for image in hostile.of("img"))
+    assert hostile.of("title") == [{}] and f"{NASTY}: " in hostile.text
+
+
+def test_tables_mark_how_they_are_sorted_and_what_is_missing(evaluated: Evaluated) -> None:
+    """The table of confidence bins has empty ones, whose means are not defined."""
+    evaluation = evaluated.evaluation
+    tags = page_of(evaluation)
+    assert sum(head.get("aria-sort") == "descending" for head in tags.of("th")) == 3
+    cells = [cell["data-value"] for cell in tags.of("td") if "data-value" in cell]
+    empty = int((evaluation.scores.calibration.counts == 0).sum())
+    assert empty and cells.count("") >= 2 * empty and "nan" not in cells
+    assert all(box["tabindex"] == "0" for box in tags.of("div") if box.get("role") == "region")
+
+
+def test_synthetic_data_is_named_as_such(evaluated: Evaluated) -> None:
+    data = replace(evaluated.evaluation.data, name="synthetic")
+    text = page_of(replace(evaluated.evaluation, data=data)).text
+    assert "top-1 on synthetic data" in text and "These results say nothing about CIFAR-100." in text
+
+
+@pytest.mark.parametrize("wrong", [0, 9])
+def test_few_mistakes_are_drawn_and_none_are_said(evaluated: Evaluated, wrong: int) -> None:
+    evaluation = evaluated.evaluation
+    labels = evaluation.split.labels.copy()
+    labels[:wrong] = (labels[:wrong] + 1) % 100
+    evaluation = replace(evaluation, logits=np.eye(100)[labels])
+    figures = draw_figures(evaluation)
+    html = render_page(evaluation, "", figures)
+    assert ("confidently_wrong" in figures) == (wrong > 0)
+    assert ("No image was misclassified." in html) == ("No class was predicted as another." in html)
+    assert ("No image was misclassified." in html) == (wrong == 0)
+    assert html.count("predicted: ") == wrong
 
 
 # Runs in the page: notes errors, clicks headings, and leaves what it saw where --dump-dom shows it.
@@ -56,8 +135,8 @@ addEventListener("error", event => problems.push(String(event.message)), true);
 addEventListener("securitypolicyviolation", event => problems.push(event.blockedURI));
 addEventListener("load", () => {
   const images = [...document.images];
-  const table = [...document.querySelectorAll("table")].find(t => t.caption.textContent.includes("worst F1")
-    && t.tBodies[0].rows.length === 100);
+  const tables = [...document.querySelectorAll("table")];
+  const table = tables.find(each => each.caption.textContent.startsWith("Classes"));
   const column = index => [...table.tBodies[0].rows].map(row => row.cells[index].textContent);
   const click = index => table.tHead.rows[0].cells[index].querySelector("button").click();
   const seen = {start: column(1)};
@@ -86,23 +165,14 @@ def test_page_works_in_a_browser(evaluated: Evaluated, tmp_path: Path, width: in
         pytest.skip("no Chromium on this machine")
     page = tmp_path / "page.html"
     page.write_text(evaluated.page.read_text("utf-8").replace("<head>", f"<head>{PROBE}", 1), "utf-8")
-    flags = [
-        f"--window-size={width},900",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=9000",
-    ]
-    flags += ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    done = subprocess.run(
-        [browser, *flags, "--enable-logging=stderr", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    flags = [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--virtual-time-budget=9000", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    flags += ["--disable-dev-shm-usage", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run([browser, *flags, page.as_uri()], capture_output=True, text=True, timeout=60)
     assert ":CONSOLE" not in done.stderr, done.stderr
     found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
-    parsed = Tags(found.group(0))
-    seen = json.loads(parsed.text)
+    seen = json.loads(Tags(found.group(0)).text)
     assert seen["problems"] == []
     assert len(seen["widths"]) == 6 and all(seen["widths"])
     assert seen["overflow"] <= 0, "the page itself never scrolls sideways"
@@ -115,6 +185,6 @@ def test_page_works_in_a_browser(evaluated: Evaluated, tmp_path: Path, width: in
     assert seen["f1_down"] == seen["start"] == [f"{value:.2f}" for value in f1[::-1]]
     known = sorted(float(text) for text in seen["precision_up"] if text != "-")
     missing = ["-"] * (100 - len(known))
-    assert missing, "some class is never named"
+    assert missing, "some class is never predicted"
     assert seen["precision_up"] == [f"{value:.2f}" for value in known] + missing
     assert seen["precision_down"] == [f"{value:.2f}" for value in known[::-1]] + missing

@@ -1,10 +1,10 @@
-"""The words at the end of a run: the numbers in them are those of the history."""
+"""A run's history: its rows, the metrics logged for given weights, and the analysis at the end."""
 
 from typing import Any, NamedTuple
 
 import pytest
 
-from training.history import analyse, duration
+from training.history import analyse, duration, find_logged_metrics, history_rows, weights_epoch
 from training.recipe import Recipe
 
 
@@ -105,3 +105,55 @@ def test_a_risen_loss_is_an_increase() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+# What a checkpoint logs of its own weights
+
+
+@pytest.mark.parametrize(
+    ("state", "epoch"),
+    [
+        ({"kind": "best", "epoch": 7}, 7),
+        ({"kind": "results", "epoch": 7}, 7),
+        ({"kind": "last", "epoch": 7, "batches_done": 0}, 6),
+        ({"kind": "last", "epoch": 7, "batches_done": 3}, None),
+        ({"kind": "last", "epoch": 1, "batches_done": 0}, None),
+        ({"epoch": "7"}, None),
+        ({}, None),
+    ],
+)
+def test_epoch_that_weights_are_from(state: dict[str, Any], epoch: int | None) -> None:
+    assert weights_epoch(state) == epoch
+
+
+def test_metrics_of_the_weights_own_epoch_are_found() -> None:
+    best = {"kind": "best", "epoch": 2, "history": history(3)}
+    found = find_logged_metrics(best)
+    assert (found.accuracy_percent, found.where) == (11.0, "the history's for epoch 2")
+    last = best | {"kind": "last", "epoch": 4, "batches_done": 0}
+    assert find_logged_metrics(last).accuracy_percent == 11.5
+    assert find_logged_metrics(last | {"batches_done": 1}) is None
+
+
+def test_averaged_weights_have_their_own_metrics_except_in_a_state_to_resume_from() -> None:
+    rows = [row | {"ema_test_loss": 1.0, "ema_test_acc_percent": 77.0} for row in history(3)]
+    assert find_logged_metrics({"kind": "best", "epoch": 3, "history": rows}).accuracy_percent == 77.0
+    last = {"kind": "last", "epoch": 4, "batches_done": 0, "history": rows}
+    assert find_logged_metrics(last).accuracy_percent == 11.5
+
+
+def test_with_held_out_images_only_the_final_test_counts() -> None:
+    tests = {"best": {"loss": 1.5, "accuracy_percent": 61.0, "images": 100}}
+    state = {"kind": "best", "epoch": 2, "history": history(3, "val"), "final_test": tests}
+    assert find_logged_metrics(state) is None, "only the results file holds the test of its own weights"
+    assert find_logged_metrics(state | {"kind": "results"}).accuracy_percent == 61.0
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [None, 7, "text", {}, [None], [[1, 2]], [{"epoch": 2}], [{**history(2)[1], "test_loss": "low"}],
+     [{**history(2)[1], "train_loss": float("nan")}]],
+)  # fmt: skip
+def test_a_foreign_history_is_skipped(rows: Any) -> None:
+    assert history_rows({"history": rows}) == []
+    assert find_logged_metrics({"kind": "best", "epoch": 2, "history": rows, "final_test": 5}) is None
