@@ -66,7 +66,7 @@ def load_images(data_dir: Path, count: int, test_count: int) -> tuple[tuple[Spli
     data: ImageData | None = None
     if all((folder / name).is_file() for name in ("train", "test", "meta")):
         with contextlib.suppress(DatasetUnavailable, RunError):
-            data = load_dataset("cifar100", data_dir, show_progress=False)
+            data = load_dataset("cifar100", data_dir)
     if data is not None:
         splits = tuple(
             Split(np.ascontiguousarray(split.images[:size]), split.labels[:size])

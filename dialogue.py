@@ -15,11 +15,10 @@ from core import distributed
 from core.cli import LOG, as_answer, ask, ask_yes_no, is_interactive, number, whole_number
 from core.errors import RunError
 from inspection.curves import plot_lr_finder
-from lr_suggestion import DEFAULT_LR
 from training.flags import DEFAULT_NAME, build_parser, plain_name
 from training.recipe import MAX_EPOCHS, Recipe
 from training.run_files import RunFiles
-from utils import find_lr
+from utils import DEFAULT_LR, find_lr
 
 DEFAULT_EPOCHS = 20
 

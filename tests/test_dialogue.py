@@ -191,7 +191,7 @@ import dataset, dialogue, stand_ins
 from core.cli import run_main
 from train import main
 patch = pytest.MonkeyPatch()
-data = dataset.DatasetUnavailable("CIFAR-100 could not be downloaded:\\n  nobody: not there", [])
+data = dataset.DatasetUnavailable("CIFAR-100 could not be downloaded:\\n  nobody: not there")
 stand_ins.stand_in(patch, plots=False)
 loads = dialogue.load_dataset
 def load_dataset(name, *rest, **options):

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RANKS = ("core", "model", "cifar", "utils", "training", "inspection", "scripts")
 # Parts of scripts that still have a file of their own.
 PARTS = {"benchmark_pairs", "benchmark_setting", "beyond_reference", "dialogue", "exporting", "image_files"}
-PARTS |= {"lr_suggestion", "measuring", "plain_recipe", "plain_side"}
+PARTS |= {"measuring", "plain_recipe", "plain_side"}
 FILES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
     for folder in (".", "core", "cifar", "training", "inspection")

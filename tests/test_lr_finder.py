@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from cifar.dataset import Split
-from lr_suggestion import DEFAULT_LR, VALLEY, smooth, suggest_lr
 from training.engine import TrainStep
 from training.recipe import Recipe
-from utils import find_lr, make_train_loader
+from utils import DEFAULT_LR, VALLEY, find_lr, make_train_loader, smooth, suggest_lr
 
 STORED = Path(__file__).resolve().parent / "expected" / "lr_range_test.json"
 RATES = np.logspace(-4, 0, 200)

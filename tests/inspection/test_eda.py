@@ -35,7 +35,7 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(name: str, _data_dir: object) -> ImageData:
         if name == "cifar100":
-            raise DatasetUnavailable("no source", [])
+            raise DatasetUnavailable("no source")
         return small_data(name)
 
     monkeypatch.setattr(eda, "load_dataset", load)
