@@ -2,6 +2,8 @@
 
 import builtins
 import io
+import math
+import os
 import platform
 import random
 import subprocess
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from core import cores
 from core import machine as device
 from core.errors import UsageError
 from core.machine import choose_compile, choose_device, native_bf16, set_up_torch
@@ -155,3 +158,43 @@ def test_determinism_is_switched_on_only_when_asked_for(monkeypatch: pytest.Monk
         assert device.os.environ["CUBLAS_WORKSPACE_CONFIG"] == "kept"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- cores ----
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"cpu.max": "250000 100000\n"}, 2.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_the_containers_quota_is_read(tmp_path, files, quota):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert cores._cgroup_cores(tmp_path) == quota
+
+
+def test_cores_are_bounded_by_affinity_and_quota(monkeypatch):
+    monkeypatch.delattr(os, "process_cpu_count", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for quota, expected in ((math.inf, 6), (2.5, 2), (0.5, 1), (64, 6)):
+        monkeypatch.setattr(cores, "_cgroup_cores", lambda _, quota=quota: quota)
+        assert cores.usable_cores() == expected
+
+
+def test_workers_follow_device_and_cores(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(cores, "usable_cores", lambda: 8)
+    assert (cores.choose_workers("cuda"), cores.choose_workers("cpu")) == (7, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # four processes of one machine share its cores
+    assert (cores.choose_workers("cuda"), cores.choose_workers("cpu")) == (1, 0)
+    monkeypatch.setattr(cores, "usable_cores", lambda: 256)
+    assert cores.choose_workers("cuda") == cores.MAX_WORKERS
+    monkeypatch.setattr(cores, "usable_cores", lambda: 1)
+    assert cores.choose_workers("cuda") == 0
