@@ -18,7 +18,7 @@ from cifar.dataset import (
     superclass_map,
     train_val_split,
 )
-from conftest import install_tiny_cifar, tar_gz, tiny_split
+from conftest import install_tiny_cifar, tiny_split
 from core.errors import RunError, UsageError
 
 
@@ -131,7 +131,7 @@ HARM = {
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_damaged_file_is_refused_unread_and_kept(harm, tiny_cifar, tmp_path, no_unpickling):
+def test_damaged_file_is_refused_and_kept(harm, tiny_cifar, tmp_path, no_unpickling):
     folder = tiny_cifar.lay(tmp_path)
     damage, reason = HARM[harm]
     damage(folder)
@@ -175,12 +175,6 @@ def test_hostile_pickle_is_never_unpickled(tiny_cifar, tmp_path):
         with pytest.raises(RunError, match="cannot be read"):
             # Changed after it was checked: torchvision checks once more.
             dataset._read_split(tmp_path / name, "train")
-    archive = tar_gz([(f"cifar-100-python/{name}", hostile) for name in tiny_cifar.members])
-    data = tmp_path / "archived"
-    data.mkdir()
-    (data / "cifar-100-python.tar.gz").write_bytes(archive)
-    with pytest.raises(RunError, match=r"tar\.gz is damaged"):
-        load_dataset("cifar100", data)
     assert not trap.exists()
     pickle.loads(hostile)
     assert trap.exists(), "the trap works"
