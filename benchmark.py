@@ -26,7 +26,7 @@ from cifar.dataset import DatasetUnavailable, ImageData, Split, load_dataset
 from core.cli import progress_bar, run_main
 from core.errors import RunError, UsageError
 from core.files import atomic_write_text
-from core.machine import set_up_torch
+from core.machine import precision_name, set_up_torch
 from measuring import (
     Pair,
     convolution_peak,
@@ -168,11 +168,12 @@ def table(result: dict, setting: Setting) -> str:
     """The figures as text: medians with least and most, and what the training step makes of the machine."""
     machine, step, epoch = result["machine"], result["step"], result["epoch"]
     recipe, mode = setting.recipe, "compiled" if setting.compile else "eager"
+    plain, own = (precision_name(name, setting.device) for name in ("fp32", recipe.precision))
     loader = result["loader"] | {"ratio": result["loader"]["total_ratio"]}
     return "\n".join(
         [
             f"{recipe.model}, batch {recipe.batch_size}, {machine['data']}",
-            f"plain: fp32, NCHW, eager; project: {recipe.precision}, channels_last, {mode}",
+            f"plain: {plain}, NCHW, eager; project: {own}, channels_last, {mode}",
             f"{machine['device']}, {machine['processor']}, {machine['cores']} cores, "
             f"{machine['threads']} threads, torch {machine['torch']}, load {machine['load_average']}",
             "",

@@ -11,12 +11,12 @@ from cifar.dataset import Split
 from measuring import repeated
 from model import build_model
 from plain_side import drain, same_images
-from training.engine import Sums, TrainStep, evaluate, train_one_epoch
+from training.engine import RunningTotals, TrainStep, evaluate, train_one_epoch
 from utils import make_test_batches, make_train_loader
 
 
-def make_step(setting: Setting) -> TrainStep:
-    """A network and its training step, as train.py makes them."""
+def make_step(setting: Setting, batch_size: int | None = None) -> TrainStep:
+    """A network and its training step, as train.py makes them (`batch_size`: the recipe's by default)."""
     recipe = setting.recipe
     model: nn.Module = build_model(recipe.model).to(setting.device, memory_format=torch.channels_last)
     optimizer = recipe.build_optimizer(model)
@@ -26,7 +26,7 @@ def make_step(setting: Setting) -> TrainStep:
         optimizer,
         recipe.build_scheduler(optimizer, EPOCH_IMAGES // recipe.batch_size + 1),
         precision=recipe.precision,
-        compile_model=setting.compile,
+        compile_batch_size=(batch_size or recipe.batch_size) if setting.compile else None,
     )
 
 
@@ -61,7 +61,7 @@ def project_works(
 
     def epoch() -> int:
         loader = train[setting.workers]
-        metrics = train_one_epoch(step, loader, Sums(device), batches=len(loader))
+        metrics = train_one_epoch(step, loader, RunningTotals(device), batches=len(loader))
         one_test()
         return metrics.images
 
@@ -69,8 +69,8 @@ def project_works(
     for workers, loader in train.items():
         works[f"loader {workers}"] = functools.partial(drain, loader)
     for size in setting.step_sizes:
-        # a compiled step keeps to the first size that it sees
-        own = make_step(setting) if setting.compile and size != recipe.batch_size else step
+        # a step compiles for one size only
+        own = make_step(setting, size) if setting.compile and size != recipe.batch_size else step
         work = functools.partial(one_step, own, *same_images(data[0], size, device))
         works[f"step {size}"] = repeated(work, setting.step_times(size))
     return works | {"evaluation": one_test, "epoch": epoch}

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cifar.dataset import ImageData, Split
+from core import distributed
 from core.errors import RunError, UsageError
 from training.engine import Metrics, evaluate
 from training.recipe import Recipe
@@ -23,6 +24,8 @@ def test_average(run: Run, chosen_on: list[tuple]) -> Metrics | None:
     if run.averaging is None:
         return None
     run.averaging.refresh()
+    # Each rank has averaged BatchNorm statistics of its own; rank 0's are the ones in the checkpoints.
+    distributed.broadcast_buffers(run.averaging.network)
     return evaluate(
         run.averaging.network,
         chosen_on,

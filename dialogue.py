@@ -42,7 +42,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageData, Reci
             if not ask_yes_no("Train on the built-in synthetic images instead? (y/n, default: y): "):
                 raise RunError("no data to train on") from None
             choice = "synthetic"
-    choice = distributed.from_main(choice)
+    choice = distributed.broadcast_object(choice)
     if data is None:
         data = load_dataset(choice, args.data_dir, url=args.data_url)
     return data, dataclasses.replace(recipe, dataset=choice)
@@ -62,19 +62,19 @@ def choose_files(
     if state is not None:
         files = RunFiles(folder, args.name or stored_name(state))
         own = source.resolve() in (files.last.resolve(), files.previous.resolve())
-        if own or args.overwrite or not distributed.from_main(files.exists):
+        if own or args.overwrite or not distributed.broadcast_object(files.exists):
             return files
-        free = distributed.from_main(files.next_free())
+        free = distributed.broadcast_object(files.next_free())
         LOG.info(f"{files.last} is not {source} and is kept; this run writes {free.name}.")
         return free
     name = args.name or DEFAULT_NAME
     if recipe.dataset == "synthetic" and "synthetic" not in name:
         name += "_synthetic"
     files = RunFiles(folder, name)
-    if not distributed.from_main(files.exists) or args.overwrite:
+    if not distributed.broadcast_object(files.exists) or args.overwrite:
         return files
-    free = distributed.from_main(files.next_free())
-    if not args.yes and distributed.from_main(is_interactive()):
+    free = distributed.broadcast_object(files.next_free())
+    if not args.yes and distributed.broadcast_object(is_interactive()):
         question = f"{files.last.parent} holds a run {name}. Overwrite it? (y/n, default: n): "
         if ask_yes_no(question, default=False):
             return files
@@ -159,7 +159,7 @@ def run_lr_finder(recipe: Recipe, model: nn.Module, loader: DataLoader, files: R
             title=f"LR finder: {recipe.model} on {recipe.data_note}",
         )
         LOG.info(f"LR finder plot: {path}")
-    return distributed.from_main(found.suggested_lr if found else None)
+    return distributed.broadcast_object(found.suggested_lr if found else None)
 
 
 def resume_command(args: argparse.Namespace, files: RunFiles) -> str:

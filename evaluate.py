@@ -25,7 +25,7 @@ from cifar.dataset import ImageData, Split, balanced_subset, load_dataset
 from core.cli import LOG, run_main, start_log, whole_number
 from core.errors import RunError
 from core.files import atomic_write_text
-from core.machine import choose_device, set_up_torch
+from core.machine import choose_device, device_name, precision_name, set_up_torch
 from inspection.inference import VIEWS, averaged_log_probabilities, timed_logits
 from inspection.metrics import Scores, confusion_matrix, per_class, score
 from inspection.report import Evaluation, confused_pairs, score_rows, write_report
@@ -111,6 +111,12 @@ class Outcome:
         count, whole = len(self.split), len(self.data.test)
         of = "all" if count == whole else f"a balanced subset of {count:,} of the"
         return f"{of} {whole:,} test images of {data_name(self.trained.recipe)}"
+
+    @property
+    def setting_note(self) -> str:
+        """Device, precision and batch size in words."""
+        precision = precision_name(self.precision, self.device)
+        return f"{device_name(self.device)}, {precision}, batches of {self.batch_size:,}"
 
 
 def data_name(recipe: Recipe) -> str:
@@ -224,7 +230,7 @@ def facts_of(test: Outcome) -> tuple[tuple[str, str], ...]:
         ("LoadedModel", f"{recipe.epochs} epochs of SGD, batch {recipe.batch_size}, {recipe.schedule_note}"),
         ("Training data", limits.removeprefix("on ")),
         ("Tested on", test.data_note),
-        ("Test", f"{device_name(test.device)}, {test.precision}, batches of {test.batch_size:,}"),
+        ("Test", test.setting_note),
         ("Throughput", f"{test.images_per_s:,.0f} images/s, without loading"),
     ]
     if test.augmented:
@@ -237,11 +243,6 @@ def facts_of(test: Outcome) -> tuple[tuple[str, str], ...]:
     return tuple(facts) + tuple(versions().items())
 
 
-def device_name(device: torch.device) -> str:
-    """The device as a person knows it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def say(test: Outcome, evaluation: Evaluation, agreement: Reproduction) -> None:
     """The figures as a small table, the most confused pairs, and whether the run's figure came out."""
     LOG.info(f"{test.trained.path}: {test.subject}, {test.data_note}")
@@ -250,8 +251,7 @@ def say(test: Outcome, evaluation: Evaluation, agreement: Reproduction) -> None:
     for what, plain, averaged in score_rows(evaluation):
         LOG.info(f"  {what:<20} {plain:>12} {averaged or '':>12}".rstrip())
     LOG.info(
-        f"  {'Throughput':<20} {test.images_per_s:>10,.0f} images/s ({device_name(test.device)}, "
-        f"{test.precision}, batches of {test.batch_size:,}, without loading)"
+        f"  {'Throughput':<20} {test.images_per_s:>10,.0f} images/s ({test.setting_note}, without loading)"
     )
     pairs = [f"{a} / {b} {pair.total}" for a, b, pair in confused_pairs(evaluation, 5)]
     LOG.info(f"  Most confused: {', '.join(pairs) or 'none'}")

@@ -12,7 +12,6 @@ an output differs by more than 1e-4 it is not written. With --int8 the change in
 
 import argparse
 import itertools
-import os
 import re
 import statistics
 import sys
@@ -49,7 +48,7 @@ from exporting import (
     to_torch_export,
     to_torchscript,
 )
-from training.flags import Parser, add_weights
+from training.flags import Parser, add_data_dir, add_weights
 from training.trained import LoadedModel, find_weights, load_model
 from utils import normalize
 
@@ -108,13 +107,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="test images to compare on (default: 1000)",
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("CIFAR_DATA") or "data"),
-        metavar="DIR",
-        help="folder that holds cifar-100-python/; nothing is fetched (default: $CIFAR_DATA, else data)",
-    )
+    add_data_dir(parser, "folder that holds cifar-100-python/; nothing is fetched")
     return parser
 
 

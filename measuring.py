@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.cores import usable_cores
+from core.machine import device_name
 
 # (images, channels, pixels a side) of the 3x3 convolutions whose best counts as the convolution peak:
 # ResNet-56's own three shapes, and two that are easier on caches and registers.
@@ -195,7 +196,7 @@ def step_bytes(model: nn.Module, element_bytes: int, size: int = 32) -> int:
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on, as plain types."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "processor": processor_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),

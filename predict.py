@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.cli import printable, progress_bar, run_main, whole_number
+from core.cli import progress_bar, run_main, whole_number
 from core.cores import usable_cores
-from core.errors import RunError, UsageError
-from core.machine import choose_device, set_up_torch
+from core.errors import RunError, UsageError, printable
+from core.machine import autocast, choose_device, set_up_torch
 from image_files import Found, Picture, find_images, lines_of, read_image
 from inspection.evaluation_plots import plot_prediction
-from training.engine import autocast
 from training.flags import Parser, add_processor, add_weights
 from training.trained import LoadedModel, find_weights, load_model
 from utils import normalize

@@ -10,7 +10,6 @@ Plots, history and checkpoints are in output/; `python train.py --help` lists ev
 
 import argparse
 import contextlib
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,10 +24,10 @@ from torch.utils.data import DataLoader
 from beyond_reference import bn_update_batches, load_teacher, test_average
 from cifar.dataset import ImageData, Split, balanced_subset, train_val_split
 from core import distributed
-from core.cli import LOG, Interrupts, run_main, start_log
+from core.cli import LOG, Interrupts, run_main, shell_command, start_log
 from core.errors import RunError, UsageError
 from core.files import RunLock, remove_temporary_files
-from core.machine import choose_compile, choose_device, native_bf16, set_up_torch
+from core.machine import choose_compile, choose_device, device_name, native_bf16, precision_name, set_up_torch
 from dialogue import answer_questions, choose_files, load_data, resume_command
 from model import build_model, count_parameters
 from training import checkpoint as ckpt
@@ -101,7 +100,7 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
             recipe = answer_questions(args, recipe, model, loader, files)
             if distributed.is_main():
                 files.remove_run()  # not before: the questions may be left by Ctrl-C
-        run = start_run(args, recipe, data, model, teacher, len(loader), files, interrupts, state, source)
+        run = start_run(args, recipe, data, model, teacher, loader, files, interrupts, state, source)
         if run.averaging is not None:
             run.averaging.bn_batches = bn_update_batches(train_split, recipe, device)
         test_batches = make_test_batches(rank_shard(test_split), recipe.test_batch_size, device)
@@ -134,6 +133,7 @@ def train_epochs(
             run.sums,
             first_batch=run.batches_done,
             batches=run.batches_per_epoch,
+            global_size=sampler.global_size,
             title=f"epoch {run.epoch}/{recipe.epochs}",
             after_batch=run.after_train_batch,
         )
@@ -253,15 +253,14 @@ def say_what_is_trained(
     recipe: Recipe, model: nn.Module, device: torch.device, train_split: Split, test_split: Split
 ) -> None:
     """Log the first line of a run and, to trace it by, its command and versions."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     LOG.info(
-        f"Device: {kind}, {recipe.precision} | Network: {recipe.model}, "
-        f"{count_parameters(model):,} parameters | Data: {recipe.data_note}, "
+        f"Device: {device_name(device)}, {precision_name(recipe.precision, device)} | "
+        f"Network: {recipe.model}, {count_parameters(model):,} parameters | Data: {recipe.data_note}, "
         f"{len(train_split):,} train / {len(test_split):,} test | Recipe: SGD, batch "
         f"{recipe.batch_size}, weight decay {recipe.weight_decay:g}, {recipe.scheduler}, "
         f"{recipe.augment} augmentation, seed {recipe.seed}{recipe.non_default_note}"
     )
-    LOG.info(f"Command: {shlex.join(['python', *sys.argv])}")
+    LOG.info(f"Command: {shell_command(['python', *sys.argv])}")
     versions = {"code": ckpt.commit(), **ckpt.versions()}
     LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
 
@@ -272,7 +271,7 @@ def start_run(
     data: ImageData,
     model: nn.Module,
     teacher: nn.Module | None,
-    batches_per_epoch: int,
+    loader: DataLoader,
     files: RunFiles,
     interrupts: Interrupts,
     state: dict[str, Any] | None,
@@ -281,6 +280,7 @@ def start_run(
     """The run at its first batch, or at the batch after the last one of the resumed state."""
     optimizer = recipe.build_optimizer(model)
     device = next(model.parameters()).device
+    batches_per_epoch, batch_size = len(loader), loader.batch_sampler.global_size(0)
     images = batches_per_epoch * recipe.batch_size * recipe.epochs
     changed = state is not None and recipe.precision != state["recipe"]["precision"]
     stored = state.get("compile") if state and not changed else None
@@ -292,7 +292,7 @@ def start_run(
         optimizer,
         recipe.build_scheduler(optimizer, batches_per_epoch),
         precision=recipe.precision,
-        compile_model=use_compile,
+        compile_batch_size=batch_size if use_compile else None,
         sync_bn=args.sync_bn,
         techniques=build_techniques(
             recipe,

@@ -29,6 +29,7 @@ from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
 from core.cores import choose_workers
 from core.errors import UsageError
+from core.machine import autocast
 
 __all__ = [
     "choose_workers",
@@ -89,8 +90,27 @@ class TrainBatchSampler(Sampler[BatchRequest]):
             raise UsageError(f"epoch {epoch} has batches 0 to {self.batches - 1}, not {start_batch}")
         self.epoch, self.start_batch = epoch, start_batch
 
+    @contextlib.contextmanager
+    def for_lr_finder(self) -> Iterator[None]:
+        """Within the block, rank 0 gets epoch 0 as one process would: global batches, all of them full.
+
+        A ragged batch counts only where it is the epoch's sole one. Afterwards epoch 1 begins.
+        """
+        training = self.world_size, self.batches
+        self.world_size, self.batches = 1, max(1, self.count // self.batch_size)
+        self.set_epoch(0)
+        try:
+            yield
+        finally:
+            self.world_size, self.batches = training
+            self.set_epoch(1)
+
     def __len__(self) -> int:
         return self.batches - self.start_batch
+
+    def global_size(self, batch: int) -> int:
+        """The images of a batch (counted from 0) over all ranks: fewer than `batch_size` in a ragged one."""
+        return min(self.batch_size, self.count - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[BatchRequest]:
         sequence = np.random.SeedSequence(self.seed, spawn_key=(SHUFFLE, self.epoch))
@@ -307,7 +327,7 @@ class _Autocast(nn.Module):
         self.model, self.precision = model, precision
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(images.device, self.precision):
             logits = self.model(images)
         return logits.float()
 
@@ -327,12 +347,12 @@ def find_lr(
 
     It trains a copy of `model`, with an optimizer of its own, on epoch 0 of `loader`, which training (from
     epoch 1) does not use; so the network, the optimizer and every random state are afterwards as before.
+    Its batches are the full global ones, for which the rate is: with several processes, call it on rank 0.
     """
     twin = copy.deepcopy(model)
     wrapped = _Autocast(twin, precision)
     device = next(twin.parameters()).device
-    loader.batch_sampler.set_epoch(0)
-    with _kept_random_state(), contextlib.ExitStack() as quiet:
+    with loader.batch_sampler.for_lr_finder(), _kept_random_state(), contextlib.ExitStack() as quiet:
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))  # its remarks; ours say more
         if sys.stderr is None or not sys.stderr.isatty():
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))  # its progress bar
@@ -344,7 +364,6 @@ def find_lr(
             num_iter=iterations,
             smooth_f=0,  # smoothed afterwards, without the lag of a running mean
         )
-    loader.batch_sampler.set_epoch(1)
     rates = [float(rate) for rate in finder.history["lr"]]
     losses = [float(loss) for loss in finder.history["loss"]]
     suggested, method = suggest_lr(rates, losses)

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import CIFAR100
 
 from cifar import synthetic
 from cifar.download import DownloadFailed, extract, fetch, md5_of
 from core.errors import RunError, UsageError
 
-DATASETS = ("cifar100", "synthetic")
+DATASETS = {"cifar100": (50_000, 10_000), "synthetic": (10_000, 2_000)}  # training and test images
 NUM_CLASSES = 100
 
 # Per channel (R, G, B) over the training images, on the 0-1 scale: the values that most CIFAR-100
@@ -98,8 +97,8 @@ def load_dataset(name: str, data_dir: str | Path, *, url: str | None = None) -> 
     if name != "cifar100":
         raise UsageError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     data_dir = Path(data_dir)
-    _provide_files(data_dir, url or os.environ.get("CIFAR100_URL"))
-    return _read(data_dir)
+    contents = _provide_files(data_dir, url or os.environ.get("CIFAR100_URL"))
+    return _unpack(contents, data_dir / FOLDER)
 
 
 def _synthetic() -> ImageData:
@@ -115,12 +114,13 @@ def _synthetic() -> ImageData:
     )
 
 
-def _provide_files(data_dir: Path, url: str | None) -> None:
-    """Ensure that the three files are present and verified, extracting or downloading them if need be."""
+def _provide_files(data_dir: Path, url: str | None) -> dict[str, bytes]:
+    """The verified bytes of the three files in `data_dir`, extracted or downloaded first if need be."""
     folder, archive = data_dir / FOLDER, data_dir / ARCHIVE
-    problem = _problem(folder)
-    if problem is None:
-        return
+    try:
+        return _read_files(folder)
+    except RunError as error:
+        problem = error
     if archive.exists():
         _check_archive(archive)
     elif any((folder / member).exists() for member in MEMBER_MD5):
@@ -128,28 +128,37 @@ def _provide_files(data_dir: Path, url: str | None) -> None:
     else:
         _download_archive(archive, url)
     extract(archive, [f"{FOLDER}/{member}" for member in MEMBER_MD5], folder)
-    problem = _problem(folder)
-    if problem is not None:
-        raise RunError(f"{problem}, although {archive} is intact; is the disk failing?")
+    try:
+        return _read_files(folder)
+    except RunError as error:
+        raise RunError(f"{error}, although {archive} is intact; is the disk failing?") from None
 
 
-def _problem(folder: Path) -> str | None:
-    """What is wrong with the three files; None if nothing is."""
+def _read_files(folder: Path) -> dict[str, bytes]:
+    """The bytes of the three files by name, verified by md5.
+
+    Each is read once, so that what is unpickled is what was verified, whatever happens to the files.
+
+    Raises:
+        RunError: a file is missing, unreadable or wrong; a phrase to which the caller adds what to do.
+    """
+    contents = {}
     for member, md5 in MEMBER_MD5.items():
         path = folder / member
         try:
-            found = md5_of(path)
+            content = path.read_bytes()
         except FileNotFoundError:
-            return f"{path} is missing"
+            raise RunError(f"{path} is missing") from None
         except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
-        if found == md5:
-            continue
-        others = [name for name, other in MEMBER_MD5.items() if other == found]
-        if others:
-            return f"{path} is the {others[0]} file under a wrong name"
-        return f"{path} is damaged ({path.stat().st_size:,} bytes, md5 {found}, not {md5})"
-    return None
+            raise RunError(f"{path} cannot be read ({error.strerror})") from None
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != md5:
+            others = [name for name, other in MEMBER_MD5.items() if other == found]
+            if others:
+                raise RunError(f"{path} is the {others[0]} file under a wrong name")
+            raise RunError(f"{path} is damaged ({len(content):,} bytes, md5 {found}, not {md5})")
+        contents[member] = content
+    return contents
 
 
 def _check_archive(archive: Path) -> None:
@@ -181,45 +190,30 @@ def _download_archive(archive: Path, url: str | None) -> None:
         raise DatasetUnavailable("\n".join(lines)) from failure
 
 
-def _read(data_dir: Path) -> ImageData:
-    """Read the three files; torchvision and `_unpickle` each verify the md5 of what they read."""
-    # For the superclasses, which torchvision leaves out. The test file pairs the labels as the train file
-    # does; reading it a second time needs 120 MB less memory at the peak than reading that.
-    pairs = _unpickle(data_dir / FOLDER / "test", MEMBER_MD5["test"])
-    names = _unpickle(data_dir / FOLDER / "meta", MEMBER_MD5["meta"])
+def _unpack(contents: dict[str, bytes], folder: Path) -> ImageData:
+    """The dataset in the verified bytes of the three files; `contents` is emptied to save memory."""
+    train, test, names = (_unpickle(contents.pop(member)) for member in ("train", "test", "meta"))
     return ImageData(
         "cifar100",
-        _read_split(data_dir, "train"),
-        _read_split(data_dir, "test"),
+        _split(train, folder / "train"),
+        _split(test, folder / "test"),
         tuple(names["fine_label_names"]),
         tuple(names["coarse_label_names"]),
-        superclass_map(pairs["fine_labels"], pairs["coarse_labels"]),
+        superclass_map(test["fine_labels"], test["coarse_labels"]),
     )
 
 
-def _read_split(data_dir: Path, name: str) -> Split:
-    """One split through torchvision."""
-    try:
-        with warnings.catch_warnings():
-            # NumPy 2.4 warns about how NumPy 1 under Python 2 pickled a dtype.
-            warnings.simplefilter("ignore")
-            data = CIFAR100(data_dir, train=name == "train", download=False)
-    except (RuntimeError, OSError) as error:  # the file changed since it was checked
-        raise RunError(f"{data_dir / FOLDER / name} cannot be read: {error}") from error
-    images = np.ascontiguousarray(data.data)  # torchvision gives a transposed view of [N, 3, 32, 32]
-    return checked_split(images, np.asarray(data.targets), str(data_dir / FOLDER / name))
+def _split(stored: dict, path: Path) -> Split:
+    """The images and labels of an unpickled file, in which an image is 3072 bytes, channel by channel."""
+    images = stored.pop("data").reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return checked_split(images, np.asarray(stored["fine_labels"]), str(path))
 
 
-def _unpickle(path: Path, md5: str) -> dict:
-    """The dictionary in the file `path`, unpickled only if these very bytes have the md5."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}") from error
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise RunError(f"{path} is damaged: delete the folder {path.parent} and run again")
+def _unpickle(content: bytes) -> dict:
+    """The dictionary pickled by Python 2; only for bytes of a known md5, since pickles can run code."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in _read_split
+        # NumPy 2.4 warns about how NumPy 1 under Python 2 pickled a dtype.
+        warnings.simplefilter("ignore")
         return pickle.loads(content, encoding="latin1")
 
 

@@ -18,8 +18,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from core.cli import printable, progress_bar
-from core.errors import RunError
+from core.cli import progress_bar
+from core.errors import RunError, printable
 from core.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -107,14 +107,14 @@ def extract(archive: Path, names: Sequence[str], folder: Path) -> None:
                     with atomic_write(folder / Path(member.name).name) as target:
                         shutil.copyfileobj(tar.extractfile(member), target)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise RunError(f"cannot unpack {archive}: {printable(str(error), 200)}") from error
+        raise RunError(f"cannot unpack {archive}: {printable(error)}") from error
 
 
 def _label(source: str) -> str:
     """`source` without user name, password and query, which may be secrets."""
     if source.startswith(("http://", "https://")):
         source = re.sub(r"(?s)(?<=://)[^/?#]*@|\?.*", "", source)
-    return printable(source, 200)
+    return printable(source)
 
 
 def _size_of(path: Path) -> int:
@@ -266,4 +266,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"no byte for {STALL_S:g} s"
     name = f"{type(error).__name__}: " if isinstance(error, http.client.HTTPException) else ""
-    return printable(f"{name}{getattr(error, 'strerror', None) or error}", 200)
+    return printable(f"{name}{getattr(error, 'strerror', None) or error}")

@@ -6,17 +6,19 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
 from core import distributed
-from core.errors import RunError, UsageError
+from core.errors import RunError, UsageError, printable
 
 T = TypeVar("T")
 LOG = logging.getLogger("cifar100")
@@ -38,9 +40,9 @@ def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> 
         UsageError: MAX_ATTEMPTS answers were wrong.
     """
     if not distributed.is_main():
-        return distributed.from_main(None)
+        return distributed.broadcast_object(None)
     answer = _ask_here(question, default, parse, shown)
-    return distributed.from_main(answer)
+    return distributed.broadcast_object(answer)
 
 
 def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) -> T:
@@ -52,7 +54,7 @@ def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) 
             print(f"\nNo answer: taking the default, {shown}.", flush=True)
             return default
         if not interactive:
-            print(printable(text), flush=True)
+            print(printable(text, 40), flush=True)
         text = text.strip()
         if not text:
             return default
@@ -94,15 +96,14 @@ def ask_yes_no(question: str, default: bool = True) -> bool:
             return True
         if text.lower() in ("n", "no"):
             return False
-        raise ValueError(f"Please answer y or n, not {printable(text)!r}.")
+        raise ValueError(f"Please answer y or n, not {printable(text, 40)!r}.")
 
     return ask(question, default, parse, shown="y" if default else "n")
 
 
-def printable(text: str, length: int = 40) -> str:
-    """`text` without control characters and not longer than `length`, to be shown in a message."""
-    clean = "".join(c if c.isprintable() else "?" for c in text)
-    return clean if len(clean) <= length else clean[:length] + "..."
+def shell_command(words: Sequence[str]) -> str:
+    """`words` as one line to paste into a shell: a POSIX one, or on Windows cmd.exe."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def is_interactive() -> bool:
@@ -116,7 +117,7 @@ def whole_number(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,19}", text.strip()) or not low <= int(text) <= high:
             limit = f"from {low:,} to {high:,}" if high < 2**62 else f"of at least {low:,}"
-            raise argparse.ArgumentTypeError(f"takes a whole number {limit}, not {printable(text)!r}")
+            raise argparse.ArgumentTypeError(f"takes a whole number {limit}, not {printable(text, 40)!r}")
         return int(text)
 
     return whole_number
@@ -132,7 +133,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
             value = math.nan
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(
-                f"takes a number from {low:g} to {high:g}, not {printable(text)!r}"
+                f"takes a number from {low:g} to {high:g}, not {printable(text, 40)!r}"
             )
         return value
 
@@ -203,7 +204,7 @@ def run_main(main: Callable[[], int], program: str) -> int:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
-        if not distributed.lost_another(error):
+        if not distributed.is_peer_failure(error):
             raise
         print(f"{program}: error: another process of this run ended; see its message", file=sys.stderr)
         return 1

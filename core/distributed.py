@@ -67,7 +67,7 @@ def start(device: torch.device) -> None:
 
 @functools.cache
 def _waiting_group() -> "dist.ProcessGroup":
-    """The same processes in a group for `from_main`, which waits longer and uses no GPU."""
+    """The same processes in a group for `broadcast_object`, which waits longer and uses no GPU."""
     return dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
 
 
@@ -79,7 +79,7 @@ def stop() -> None:
             dist.destroy_process_group()
 
 
-def lost_another(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether `error` says that another process of the run is gone, or waits for what will not come."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
     return (
@@ -97,7 +97,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def from_main(value: object) -> object:
+def broadcast_object(value: object) -> object:
     """Rank 0's `value` (any picklable object) on every rank."""
     if world_size() == 1:
         return value
@@ -106,14 +106,14 @@ def from_main(value: object) -> object:
     return box[0]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on at least one rank: a host-device synchronisation where there are several."""
+def any_rank(device: torch.device, *flags: bool) -> list[bool]:
+    """Whether each of `flags` is set on at least one rank: one all-reduce, which waits for the device."""
     if world_size() == 1:
-        return flag
-    return bool(sum_over_ranks(torch.tensor([int(flag)], device=device)).item())
+        return list(flags)
+    return sum_over_ranks(torch.tensor(flags, dtype=torch.int32, device=device)).bool().tolist()
 
 
-def wrap(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> nn.Module:
+def wrap_ddp(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> nn.Module:
     """`model` in DistributedDataParallel, gradients averaged over ranks; the same model on one process.
 
     With `sync_bn`, BatchNorm statistics are those of the global batch instead of each rank's share.
@@ -129,7 +129,7 @@ def wrap(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> nn
 
 
 @torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Give every rank the main one's buffers: without --sync-bn, each has BatchNorm statistics of its own.
 
     DistributedDataParallel does so before each training pass only; testing after the last one would else be

@@ -1,9 +1,11 @@
 """Which processor trains, at which precision, and torch's global switches for it."""
 
+import contextlib
 import ctypes
 import os
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,21 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name, distributed.local_rank()) if name == "cuda" else torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """The device's name for a log or a report: the GPU's own on CUDA, else "cpu" or "mps"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def precision_name(precision: str, device: torch.device) -> str:
+    """`precision` for a log or a report: "fp32 (TF32)" where CUDA multiplies fp32 in TF32.
+
+    After `set_up_torch`, that is on every GPU which has TF32 (compute capability 8.0 and later).
+    """
+    tf32 = precision == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    has_tf32 = tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "fp32 (TF32)" if has_tf32 else precision
+
+
 def native_bf16(device: torch.device) -> bool:
     """Whether the processor multiplies bfloat16 itself, so that bf16 is faster than fp32 there."""
     if device.type == "cuda":
@@ -43,6 +60,11 @@ def native_bf16(device: torch.device) -> bool:
             return False
         return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
     return False
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast on `device`, or a context that does nothing for fp32: one path for both."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 # Compiling costs one to two minutes; a run must train on this many images to win them back. On a CPU in fp32

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.engine import Metrics, autocast, evaluate
+from core.machine import autocast
+from training.engine import Metrics, evaluate
 
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 View = Callable[[torch.Tensor], torch.Tensor]

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    import torch
+
     from helpers.driver import Driver
     from helpers.small_run import Evaluated
 
@@ -28,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WITHOUT_TORCH = """
 import sys, types
 sys.modules["core.distributed"] = types.SimpleNamespace(
-    is_main=lambda: True, from_main=lambda value: value, stop=lambda: None
+    is_main=lambda: True, broadcast_object=lambda value: value, stop=lambda: None
 )
 """
 
@@ -111,14 +113,12 @@ def tiny_contents() -> dict[str, dict]:
 
 @pytest.fixture
 def tiny_cifar(monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
-    """A look-alike archive whose sums `dataset` and torchvision take for the official ones."""
+    """A look-alike archive whose sums `dataset` takes for the official ones."""
     return install_tiny_cifar(monkeypatch, tiny_contents())
 
 
 def install_tiny_cifar(monkeypatch: pytest.MonkeyPatch, contents: dict[str, dict]) -> TinyCifar:
     """As `tiny_cifar`, with contents of your own."""
-    from torchvision.datasets import CIFAR100
-
     from cifar import dataset
 
     members = {name: pickle.dumps(value, protocol=2) for name, value in contents.items()}
@@ -130,9 +130,6 @@ def install_tiny_cifar(monkeypatch: pytest.MonkeyPatch, contents: dict[str, dict
     monkeypatch.setattr(dataset, "ARCHIVE_BYTES", len(archive))
     monkeypatch.setattr(dataset, "SOURCES", ())
     monkeypatch.delenv("CIFAR100_URL", raising=False)
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
-    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
     return tiny
 
 
@@ -210,6 +207,16 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Evaluated"]
     folder, data_dir = tmp_path_factory.mktemp("output"), tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         yield evaluate_small_run(patch, folder, data_dir)
+
+
+@pytest.fixture
+def tf32_gpu(monkeypatch: pytest.MonkeyPatch) -> "torch.device":
+    """A GPU with TF32, as far as its name and capability go."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture

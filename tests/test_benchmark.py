@@ -82,6 +82,7 @@ def test_the_command_gives_a_table_and_the_same_as_json(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(7)
     random_state = torch.get_rng_state()
+    monkeypatch.setattr(benchmark, "precision_name", lambda precision, _: f"{precision} (TF32)")
     flags = [*TINY, "--data-dir", str(tmp_path / "none"), "--batch-sizes", "4", "--json", "speed.json"]
     assert benchmark.main(flags) == 0
 
@@ -113,6 +114,7 @@ def test_the_command_gives_a_table_and_the_same_as_json(
     printed = capsys.readouterr().out
     for words in ("loader, one core", "training step", "evaluation", "epoch, with its test", "random images"):
         assert words in printed
+    assert "plain: fp32 (TF32), NCHW, eager; project: fp32 (TF32), channels_last, eager" in printed
     assert f"{result['step']['ratio']:.2f}" in printed
     assert max(len(line) for line in printed.splitlines()) <= 120
 

@@ -4,6 +4,7 @@ import argparse
 import builtins
 import io
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,11 @@ import train as train_module
 from cifar.dataset import DatasetUnavailable, ImageData
 from conftest import REPOSITORY
 from core.cli import run_main
+from dialogue import resume_command
 from helpers.stand_ins import EPOCHS, FINDER, QUICK, RATE, SUGGESTED, load, stand_in_images, taken
 from train import main
+from training.flags import RECIPE_FIELDS, build_parser
+from training.run_files import RunFiles
 
 pexpect = pytest.importorskip("pexpect", reason="drives a pseudo-terminal") if os.name == "posix" else None
 
@@ -179,6 +183,49 @@ def test_a_pipe_is_offered_nothing(no_data: pytest.MonkeyPatch) -> None:
     no_data.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))
     with pytest.raises(DatasetUnavailable):
         main([*QUICK[1:], "--epochs", "1", *NO_DATA])
+
+
+# ---- the command that resumes ----
+
+MACHINE_FLAGS = {
+    "data_dir": ["--data-dir", "my data"],
+    "data_url": ["--data-url", "https://example.org/a?b&c"],
+    "workers": ["--workers", "0"],
+    "tensorboard": ["--tensorboard"],
+    "checkpoint_every": ["--checkpoint-every", "0.123456789"],
+    "device": ["--device", "cpu"],
+    "compile": ["--compile", "off"],
+    "deterministic": ["--deterministic"],
+    "sync_bn": ["--sync-bn"],
+}
+
+
+def test_every_flag_about_the_machine_is_in_the_command_that_resumes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for variable in ("CIFAR_DATA", "CIFAR100_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    answers = {"yes", "lr_finder", "recipe"}
+    about_files = {"output_dir", "name", "overwrite", "resume"}
+    parser, files = build_parser(), RunFiles(tmp_path / "my runs", "a")
+    every = set(vars(parser.parse_args([])))
+    assert every - set(RECIPE_FIELDS) - answers - about_files == set(MACHINE_FLAGS)
+    new_run = [
+        "--yes",
+        "--no-lr-finder",
+        "--name",
+        "a",
+        "--overwrite",
+        "--output-dir",
+        str(tmp_path / "my runs"),
+    ]
+    given = [*new_run, "--epochs", "3", "--lr", "0.2", "--milestones", "1", "2"]
+    for name, flags in MACHINE_FLAGS.items():
+        words = shlex.split(resume_command(parser.parse_args([*given, *flags]), files))
+        assert words[:4] == ["python", "train.py", "--resume", str(files.last)]
+        assert words[4:] == flags, name
+        assert getattr(parser.parse_args(words[2:]), name) == getattr(parser.parse_args(flags), name)
+    assert shlex.split(resume_command(parser.parse_args(given), files))[4:] == []
 
 
 # ---- the whole program at a real terminal ----

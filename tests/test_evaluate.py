@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,11 @@ def test_bf16_is_the_engines_bf16(evaluated, without_report) -> None:
     measured = engine_evaluate(evaluated.run.model, make_test_batches(split, 64, "cpu"), precision="bf16")
     assert (figures["top1"], figures["loss"]) == (measured.accuracy_percent, measured.loss)
     assert figures["loss"] != evaluated.figures["loss"]
+
+
+def test_fp32_on_a_gpu_with_tf32_is_named_so(tf32_gpu: torch.device) -> None:
+    test = SimpleNamespace(device=tf32_gpu, precision="fp32", batch_size=5000)
+    assert evaluate.Outcome.setting_note.fget(test) == "Some GPU, fp32 (TF32), batches of 5,000"
 
 
 def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(

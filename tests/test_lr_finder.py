@@ -103,10 +103,22 @@ def small_net() -> nn.Module:
         return nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(8 * 8 * 8, 10))
 
 
-def loader_of(workers: int = 0) -> torch.utils.data.DataLoader:
+def loader_of(workers: int = 0, count: int = 40, **ranks: int) -> torch.utils.data.DataLoader:
     draws = np.random.default_rng(0)
-    split = Split(draws.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8), np.arange(40) % 10)
-    return make_train_loader(split, batch_size=16, seed=3, workers=workers)
+    split = Split(draws.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % 10)
+    return make_train_loader(split, batch_size=16, seed=3, workers=workers, **ranks)
+
+
+class RecordedBatches(nn.Module):
+    """Cross-entropy that keeps the labels of each batch in `labels`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels: list[list[int]] = []
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.labels.append(labels.tolist())
+        return nn.functional.cross_entropy(logits, labels)
 
 
 def run_finder(model: nn.Module, loader: object, recipe: Recipe | None = None, **options: object) -> object:
@@ -161,6 +173,26 @@ def test_rates_rise_exponentially_from_1e_4_to_1(capsys: pytest.CaptureFixture) 
     whole = run_finder(small_net(), loader_of(), iterations=25, start_lr=1e-5, end_lr=1e-3)
     assert whole.learning_rates == pytest.approx(np.logspace(-5, -3, 25).tolist(), rel=1e-6)
     assert capsys.readouterr() == ("", "")  # no bar without a terminal, none of the library's remarks
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_several_processes_it_finds_what_one_process_finds(workers: int) -> None:
+    loader = loader_of(workers, rank=0, world_size=2)
+    assert run_finder(small_net(), loader) == run_finder(small_net(), loader_of())
+    assert [len(labels) for _, labels in loader] == [8, 8, 4]  # training still gets this rank's part
+
+
+@pytest.mark.parametrize(("count", "size"), [(40, 16), (32, 16), (17, 16), (15, 15), (1000, 16)])
+def test_it_uses_full_batches_where_there_are_any(count: int, size: int) -> None:
+    criterion, loader = RecordedBatches(), loader_of(count=count)
+    find_lr(small_net(), criterion, Recipe().build_optimizer, loader, iterations=6)
+    assert [len(labels) for labels in criterion.labels] == [size] * 6
+    loader.batch_sampler.set_epoch(0)
+    epoch = [labels.tolist() for _, labels in loader]
+    full = [labels for labels in epoch if len(labels) == size]
+    assert criterion.labels == [full[number % len(full)] for number in range(6)]
+    loader.batch_sampler.set_epoch(1)
+    assert len(loader) == math.ceil(count / 16)  # training has the ragged batch too
 
 
 def test_it_runs_at_the_runs_precision() -> None:

@@ -137,7 +137,7 @@ def test_wrong_answers_without_an_end_come_to_an_end(monkeypatch: pytest.MonkeyP
 
 def test_on_other_processes_than_the_main_one_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.distributed, "is_main", lambda: False)
-    monkeypatch.setattr(cli.distributed, "from_main", lambda value: "what the main process was told")
+    monkeypatch.setattr(cli.distributed, "broadcast_object", lambda value: "what the main process was told")
     monkeypatch.setattr(sys, "stdin", None)
     assert ask("Epochs: ", 20, EPOCHS, shown="20") == "what the main process was told"
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from conftest import REPOSITORY
 from helpers.stand_ins import (
     EPOCH_LINE,
@@ -31,6 +32,7 @@ from helpers.stand_ins import (
 from model import BasicBlock, count_parameters
 from train import main
 from training.engine import evaluate
+from training.recipe import Recipe
 from utils import make_test_batches
 
 # ---- one whole run, looked at from all sides ----
@@ -80,6 +82,13 @@ def test_the_first_line_says_what_is_trained(finished: Finished) -> None:
         assert words in first
     for words in ("Command: python ", "Versions: code ", f"torch {version('torch')}"):
         assert words in finished.out
+
+
+def test_the_first_line_names_tf32(tf32_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(train.LOG, "info", lines.append)
+    train.say_what_is_trained(Recipe(), stand_in_network(BasicBlock), tf32_gpu, range(300), range(200))
+    assert lines[0].startswith("Device: Some GPU, fp32 (TF32) | Network: ")
 
 
 def test_a_line_an_epoch_in_the_references_form_with_marks(finished: Finished) -> None:

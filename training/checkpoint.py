@@ -5,9 +5,11 @@ the archive's comment. So `torch.load(path, weights_only=True)` reads it anywher
 single flipped bit is found here before anything is unpickled.
 """
 
+import copy
 import functools
 import hashlib
 import io
+import operator
 import os
 import pickletools
 import platform
@@ -44,18 +46,48 @@ NAMING_OPCODES = {"GLOBAL", "INST", "STACK_GLOBAL", "OBJ", "NEWOBJ", "NEWOBJ_EX"
 def save_checkpoint(path: str | Path, state: dict[str, Any], keep: str | Path | None = None) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts only) to `path` atomically.
 
+    Tensors are written as CPU tensors, so that the file loads on a machine without the device.
+
     With `keep`, the earlier checkpoint at `path` is moved there.
 
     Raises:
         RunError: the file cannot be written; what stood at `path` stays.
     """
     buffer = io.BytesIO()
-    torch.save({"format_version": FORMAT_VERSION, **state}, buffer)
+    torch.save(_on_cpu({"format_version": FORMAT_VERSION, **state}, {}), buffer)
     content = buffer.getvalue()
     with atomic_write(path, keep) as file:
         file.write(content[:-2])
         file.write(struct.pack("<H", COMMENT_LENGTH))
         file.write(COMMENT + hashlib.sha256(content).hexdigest().encode())
+
+
+def _on_cpu(value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
+    """`value` with its tensors on the CPU; where they are there already it is the same object.
+
+    Args:
+        storages: the CPU copies so far, by the device address copied from, so that tensors which share a
+            storage share its copy.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.device.type == "cpu":
+            return value
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = storage.cpu()
+        layout = value.storage_offset(), value.size(), value.stride()
+        return torch.empty(0, dtype=value.dtype).set_(storages[storage.data_ptr()], *layout)
+    if not isinstance(value, dict | list | tuple):
+        return value
+    old = list(value.values() if isinstance(value, dict) else value)
+    new = [_on_cpu(item, storages) for item in old]
+    if all(map(operator.is_, old, new)):
+        return value
+    if not isinstance(value, dict):
+        return type(value)(new)
+    moved = copy.copy(value)  # a state dict has attributes too
+    moved.update(zip(value, new, strict=True))
+    return moved
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.machine import autocast
+
 
 class Distillation:
     """Hinton et al. 2015 (arXiv:1503.02531): (1 - alpha) x the labels' loss + alpha x the teacher's.
@@ -31,8 +33,7 @@ class Distillation:
             logits: the student's float32 [N, classes].
             images: normalised float32 [N, 3, H, W].
         """
-        bf16 = self.precision == "bf16"
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), autocast(images.device, self.precision):
             answers = self.teacher(images).float()
         return (1 - self.alpha) * loss + self.alpha * softened_loss(logits, answers, self.temperature)
 

@@ -6,7 +6,7 @@ because each read waits for the device. Means are over images, not over batches.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from core import distributed
 from core.cli import LOG, progress_bar
 from core.errors import RunError
+from core.machine import autocast
 from training.mixing import soft_hits
 from training.techniques import Techniques
 from utils import normalize
@@ -41,26 +42,26 @@ class Metrics:
     images: int
 
 
-class Sums:
+class RunningTotals:
     """Running sums of one pass: loss (float64 where the device has it), hits, images; and bad batches.
 
     `values` is [loss sum, hits, images], on the device; `bad_batch` is the number of the first batch whose
     loss was not finite, or a huge number.
     """
 
-    NONE = 2**31 - 1
+    NO_BAD_BATCH = 2**31 - 1
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.values = torch.zeros(3, dtype=dtype, device=device)
-        self.bad_batch = torch.tensor(self.NONE, device=device)
+        self.bad_batch = torch.tensor(self.NO_BAD_BATCH, device=device)
 
     def add(self, loss_sum: torch.Tensor, hits: torch.Tensor, images: int, batch: int) -> None:
         """Add one batch: its summed loss and its hits (scalars on the device)."""
         self.values[0] += loss_sum
         self.values[1] += hits
         self.values[2] += images
-        number = torch.where(torch.isfinite(loss_sum), self.NONE, batch)
+        number = torch.where(torch.isfinite(loss_sum), self.NO_BAD_BATCH, batch)
         self.bad_batch = torch.minimum(self.bad_batch, number)
 
     def metrics(self) -> Metrics:
@@ -87,6 +88,24 @@ def _means(values: torch.Tensor) -> Metrics:
     return Metrics(loss / images, 100 * hits / images, int(images))
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host ran out of memory, while compiling too, where torch wraps the error."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(sign in str(error) for sign in ("out of memory", "can't allocate memory"))
+
+
+@contextlib.contextmanager
+def _out_of_memory_in_one_line() -> Iterator[None]:
+    """A RunError, which says what to do, in place of torch's errors on too little memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise RunError("out of memory: pass a smaller --batch-size, or --accumulate 2") from None
+
+
 class TrainStep:
     """One optimizer step on a batch: forward, loss, backward, SGD, schedule.
 
@@ -95,8 +114,8 @@ class TrainStep:
         criterion: (logits [N, classes], labels int64 [N]) -> mean loss, a scalar in nats.
         optimizer, scheduler: the scheduler is stepped once a batch.
         precision: "fp32", or "bf16" for autocast of the forward pass.
-        compile_model: run full batches through torch.compile; a batch of another size than the first
-            runs eagerly, since compiling for one short batch an epoch costs more than it saves.
+        compile_batch_size: run batches of this many images over all ranks through torch.compile; others
+            run eagerly, since compiling for one short batch an epoch costs more than it saves.
         sync_bn: with several processes, BatchNorm over the global batch.
         techniques: what the recipe adds; nothing by default.
     """
@@ -109,33 +128,46 @@ class TrainStep:
         scheduler: LRScheduler,
         *,
         precision: str = "fp32",
-        compile_model: bool = False,
+        compile_batch_size: int | None = None,
         sync_bn: bool = False,
         techniques: Techniques | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
-        self.model = distributed.wrap(model, self.device, sync_bn=sync_bn)
+        self.network = model
+        self.model = distributed.wrap_ddp(model, self.device, sync_bn=sync_bn)
+        self.sync_bn = sync_bn and distributed.world_size() > 1
         self.criterion = criterion
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.precision = precision
         self.techniques = techniques or Techniques()
-        self.compiled = compiled(self.model, self.device) if compile_model else None
-        self.compiled_size: int | None = None
+        self.compile_batch_size = compile_batch_size
+        self.compiled: Callable[..., torch.Tensor] | None = None
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @_out_of_memory_in_one_line()
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, global_size: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on `images` (uint8 [N, 32, 32, 3]) and `labels` (int64 [N]), both on the device.
+
+        Args:
+            global_size: the images of this batch over all ranks; by default N on each of them.
 
         Returns:
             The summed loss of the batch in nats and the number of hits (`soft_hits` where images are
             mixed), scalars on the device.
+
+        Raises:
+            RunError: out of memory.
         """
+        if global_size is None:
+            global_size = len(labels) * distributed.world_size()
         batch, targets = normalize(images), labels
         for view in self.techniques.views:
             batch, targets = view(batch, targets, self.steps_done)
-        loss_sum, hits = self._gradients(batch, targets)
+        loss_sum, hits = self._gradients(batch, targets, global_size)
         for refine in self.techniques.refinements:
-            refine(lambda: self._gradients(batch, targets))
+            refine(lambda: self._gradients(batch, targets, global_size))
         self.optimizer.step()
         self.scheduler.step()
         if self.techniques.averaging is not None:
@@ -147,66 +179,68 @@ class TrainStep:
         """Optimizer steps since the run's first; the scheduler counts them, and a checkpoint keeps that."""
         return self.scheduler.last_epoch
 
-    def _gradients(self, batch: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gradients(
+        self, batch: torch.Tensor, targets: torch.Tensor, global_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Leave the batch's gradients in the weights; return its summed loss and hits."""
         self.optimizer.zero_grad(set_to_none=True)
-        images = len(targets)
-        share = self._share(images)
-        pieces = self.techniques.accumulate
-        if pieces > 1:
-            # as many on every rank, each with an image at least: images / share is the ranks' mean
-            pieces = min(pieces, int(images / share + 1e-3))
+        # as many on every rank, each with at least one image
+        count = min(self.techniques.accumulate, global_size // distributed.world_size())
+        parts = list(zip(batch.tensor_split(count), targets.tensor_split(count), strict=True))
+        # compiled or eager is decided by the batch alone: alike on every rank, and in a resumed run
+        if global_size == self.compile_batch_size and self.compiled is None:
+            self._compile(*parts[0])
+        is_full = global_size == self.compile_batch_size  # no longer where compilation failed
         sums = []
-        parts = zip(batch.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
         for number, (part, part_targets) in enumerate(parts, start=1):
-            waits = number == pieces or distributed.world_size() == 1
-            with contextlib.nullcontext() if waits else self.model.no_sync():
-                loss, logits = self._piece(part, part_targets, share * (len(part) / images))
+            network = self.compiled if is_full and len(part) == len(parts[0][0]) else self.model
+            synchronize = number == count or distributed.world_size() == 1
+            with contextlib.nullcontext() if synchronize else self.model.no_sync():
+                weight = _loss_weight(len(part), global_size)
+                loss, logits = self._micro_batch(network, part, part_targets, weight)
             # read before the next pass: CUDA graphs reuse the memory of `logits`
             sums.append((loss * len(part), soft_hits(logits.argmax(1), part_targets)))
         loss_sums, hits = zip(*sums, strict=True)
         return sum(loss_sums[1:], loss_sums[0]), sum(hits[1:], hits[0])
 
-    def _share(self, images: int) -> torch.Tensor | float:
-        """What this process's mean loss counts in the mean over processes: 1, but for uneven last batches."""
-        if distributed.world_size() == 1:
-            return 1.0
-        total = distributed.sum_over_ranks(torch.tensor(float(images), device=self.device))
-        return images * distributed.world_size() / total
+    def _compile(self, batch: torch.Tensor, targets: torch.Tensor) -> None:
+        """Compile the network if a trial on a micro-batch works on every rank; else train eagerly.
 
-    def _piece(
-        self, batch: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached.
-
-        The first compiled pass may fail, in backward too, which torch compiles only when it gets there; the
-        batch is then done again eagerly, from the BatchNorm statistics before it.
+        The trial runs backward too, which torch compiles only when it gets there. A rank that fails takes
+        part in no collective, so the trial has none: it goes past DistributedDataParallel, and with sync_bn
+        is in evaluation mode. Gradients are then cleared; buffers and random state are as before.
         """
-        if self.compiled is None or self.compiled_size not in (None, len(batch)):
-            return self._pass(self.model, batch, targets, weight)
-        if self.compiled_size is not None:
-            return self._pass(self.compiled, batch, targets, weight)
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        try:
-            result = self._pass(self.compiled, batch, targets, weight)
-        except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            LOG.warning(f"torch.compile failed, training eagerly: {reason}")
-            self.compiled = None
-            self.optimizer.zero_grad(set_to_none=True)
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-            return self._pass(self.model, batch, targets, weight)
-        self.compiled_size = len(batch)
-        return result
+        reason = ""
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
+        training = self.network.training
+        self.network.train(training and not self.sync_bn)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            try:
+                network = compiled(self.network, self.device)
+                self._micro_batch(network, batch, targets, 1.0)
+            except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
+                if _is_out_of_memory(error):
+                    raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        self.network.train(training)
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        [failed] = distributed.any_rank(self.device, bool(reason))
+        if failed:
+            LOG.warning(f"torch.compile failed, training eagerly: {reason or 'on another process'}")
+            self.compile_batch_size = None
+        else:
+            self.compiled = network if self.model is self.network else compiled(self.model, self.device)
 
-    def _pass(
+    def _micro_batch(
         self,
         network: Callable[..., torch.Tensor],
         batch: torch.Tensor,
         targets: torch.Tensor,
-        weight: torch.Tensor | float,
+        weight: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached."""
         with autocast(self.device, self.precision):
             logits = network(batch).float()
         loss = self.criterion(logits, targets)
@@ -216,6 +250,16 @@ class TrainStep:
         return loss.detach(), logits.detach()
 
 
+def _loss_weight(images: int, global_size: int) -> float:
+    """Weight of this rank's loss in the global mean: DistributedDataParallel averages over ranks, not images.
+
+    Args:
+        images: those that the loss is the mean of.
+        global_size: the images of the batch over all ranks.
+    """
+    return images * distributed.world_size() / global_size
+
+
 def compiled(model: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
     """`model` through torch.compile for one batch size; on CUDA with CUDA graphs, since a step of this
     network is bound by kernel launches on a large GPU."""
@@ -223,18 +267,14 @@ def compiled(model: nn.Module, device: torch.device) -> Callable[..., torch.Tens
     return torch.compile(model, mode=mode, dynamic=False)
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast on `device`, or a context that does nothing for fp32: one path for both."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
 def train_one_epoch(
     step: TrainStep,
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    sums: Sums,
+    sums: RunningTotals,
     *,
     first_batch: int = 0,
     batches: int,
+    global_size: Callable[[int], int | None] = lambda batch: None,
     title: str = "train",
     after_batch: Callable[[int], None] = lambda batch: None,
 ) -> Metrics:
@@ -244,6 +284,7 @@ def train_one_epoch(
         loader: yields (uint8 [N, 32, 32, 3], int64 [N]) on the host.
         sums: the epoch's running sums; filled already where an interrupted epoch goes on.
         batches: the batches of the whole epoch, for the bar.
+        global_size: the images of a batch (counted from 0) over all ranks; by default as many on each.
         after_batch: called after each batch with the number of batches that are done; what it raises
             ends the epoch (an interrupt).
 
@@ -260,31 +301,31 @@ def train_one_epoch(
             images = images.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
             learning_rate = step.optimizer.param_groups[0]["lr"]
-            loss_sum, hits = step(images, labels)
+            loss_sum, hits = step(images, labels, global_size(number - 1))
             sums.add(loss_sum, hits, len(labels), number)
             if number % sync_every == 0 or number == batches:
                 check_finite(sums, f"{title} at learning rate {learning_rate:.3g}")  # the sync point
                 _show(bar, sums, number, learning_rate)
             after_batch(number)
-    distributed.share_buffers(step.model)
+    distributed.broadcast_buffers(step.model)
     return sums.metrics_over_ranks()
 
 
-def check_finite(sums: Sums, where: str) -> None:
+def check_finite(sums: RunningTotals, where: str) -> None:
     """Stop on a NaN or infinite loss, before that state can reach a checkpoint.
 
     Raises:
         RunError: naming `where` and the batch, and what to try.
     """
     bad = int(sums.bad_batch.item())
-    if bad != Sums.NONE:
+    if bad != RunningTotals.NO_BAD_BATCH:
         raise RunError(
             f"the loss became NaN or infinite in batch {bad} of {where}: try a lower --lr, or "
             "--precision fp32; the checkpoints on disk are from before"
         )
 
 
-def _show(bar: Any, sums: Sums, number: int, learning_rate: float) -> None:
+def _show(bar: Any, sums: RunningTotals, number: int, learning_rate: float) -> None:
     if bar.disable:
         return
     metrics = sums.metrics()
@@ -322,7 +363,7 @@ def evaluate(
     """
     model.eval()
     device = next(model.parameters()).device
-    sums = Sums(device)
+    sums = RunningTotals(device)
     pieces = [piece for images, labels in batches for piece in _pieces(images, labels, device)]
     with progress_bar(total=len(pieces), desc=title, unit="batch") as bar:
         for number, (images, labels) in enumerate(pieces, start=1):

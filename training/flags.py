@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from cifar.augment import AUGMENTATIONS, train_transform
-from core.cli import number, printable, whole_number
-from core.errors import UsageError
+from cifar.dataset import DATASETS
+from core.cli import number, whole_number
+from core.errors import UsageError, printable
 from model import MODELS
 from training.flags_training import add_improvement_flags
 from training.presets import PRESETS, preset_values, presets_table
@@ -34,7 +35,7 @@ def plain_name(text: str) -> str:
     """A flag type: a name that is safe as the beginning of file names."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}", text):
         raise argparse.ArgumentTypeError(
-            f"takes up to 80 letters, digits, '.', '_' or '-', not {printable(text)!r}"
+            f"takes up to 80 letters, digits, '.', '_' or '-', not {printable(text, 40)!r}"
         )
     return text
 
@@ -44,7 +45,7 @@ def augmentation(text: str) -> str:
     try:
         train_transform(text)
     except UsageError as error:
-        raise argparse.ArgumentTypeError(printable(str(error), 200)) from None
+        raise argparse.ArgumentTypeError(printable(error)) from None
     return text
 
 
@@ -83,15 +84,20 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_data_folder(group: argparse._ActionsContainer) -> None:
-    """Add --data-dir and --data-url, as every script has them that reads the data set."""
+def add_data_dir(group: argparse._ActionsContainer, folder_help: str) -> None:
+    """Add --data-dir, as every script has it that reads the data set."""
     group.add_argument(
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("CIFAR_DATA") or "data"),
         metavar="DIR",
-        help="folder that holds, or gets, cifar-100-python/ (default: $CIFAR_DATA, else data)",
+        help=f"{folder_help} (default: $CIFAR_DATA, else data)",
     )
+
+
+def add_data_folder(group: argparse._ActionsContainer) -> None:
+    """Add --data-dir and --data-url, as the scripts have them that may download the data set."""
+    add_data_dir(group, "folder that holds, or gets, cifar-100-python/")
     group.add_argument(
         "--data-url",
         default=os.environ.get("CIFAR100_URL") or None,
@@ -127,7 +133,7 @@ def _add_data_flags(parser: Parser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
-        choices=("cifar100", "synthetic"),
+        choices=DATASETS,
         help="cifar100, or the built-in drawn images for machines without it (default: cifar100)",
     )
     add_data_folder(data)

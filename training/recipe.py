@@ -9,13 +9,12 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
+from cifar.dataset import DATASETS
 from core.errors import UsageError
 from model import MODELS, model_options
 from training.recipe_checks import check_improvements, in_range, one_of, shown
 from training.schedules import cosine_with_warmup
 
-DATASETS = ("cifar100", "synthetic")
-DATASET_SIZES = {"cifar100": (50_000, 10_000), "synthetic": (10_000, 2_000)}
 SCHEDULERS = ("multistep", "onecycle", "cosine")
 PRECISIONS = ("fp32", "bf16")
 # The reference drops the rate after epochs 40, 70 and 85 of 100; other lengths keep the fractions.
@@ -111,8 +110,8 @@ class Recipe:
                 raise UsageError(f"{flag} cannot be of type {type(value).__name__} (or of such items)")
 
     def _check_sizes(self) -> None:
-        train, test = DATASET_SIZES[self.dataset]
-        most = max(sizes[1] for sizes in DATASET_SIZES.values())
+        train, test = DATASETS[self.dataset]
+        most = max(sizes[1] for sizes in DATASETS.values())
         if self.limit_train is not None:
             in_range("--limit-train", self.limit_train, 1, train)
             train = self.limit_train

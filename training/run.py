@@ -16,7 +16,7 @@ from core.errors import RunError
 from core.files import atomic_write_text
 from inspection.curves import plot_history
 from training import checkpoint as ckpt
-from training.engine import Metrics, Sums, TrainStep
+from training.engine import Metrics, RunningTotals, TrainStep
 from training.recipe import Recipe
 from training.run_files import RunFiles
 
@@ -60,7 +60,7 @@ class Run:
         self.extra = extra or {}
         self.epoch, self.batches_done = 1, 0
         self.learning_rate = recipe.lr
-        self.sums = Sums(step.device)
+        self.sums = RunningTotals(step.device)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"epoch": 0, "accuracy_percent": -math.inf, "model": {}}
         self.elapsed_s = 0.0
@@ -162,7 +162,7 @@ class Run:
         if distributed.world_size() > 1:
             if self.step.device.type != "cpu" and number % AGREE_EVERY:
                 return
-            asked, due = (distributed.any_rank(flag, self.step.device) for flag in (asked, due))
+            asked, due = distributed.any_rank(self.step.device, asked, due)
         if asked:
             self._stop()
         if due:
@@ -185,7 +185,8 @@ class Run:
         Raises:
             Interrupted: after the state is saved.
         """
-        if distributed.any_rank(self.interrupts.signal_number is not None, self.step.device):
+        [asked] = distributed.any_rank(self.step.device, self.interrupts.signal_number is not None)
+        if asked:
             self._stop()
 
     def _stop(self) -> None:
@@ -200,7 +201,7 @@ class Run:
     def _check_then_save(self) -> None:
         """Save unless the state is spoilt by a NaN that the loop has not seen yet."""
         finite = all(bool(torch.isfinite(value).all()) for value in self.model.parameters())
-        if finite and int(self.sums.bad_batch.item()) == Sums.NONE:
+        if finite and int(self.sums.bad_batch.item()) == RunningTotals.NO_BAD_BATCH:
             self.save()
 
     def finish_epoch(self, train: Metrics, chosen_on: Metrics, averaged: Metrics | None = None) -> None:
@@ -229,7 +230,7 @@ class Run:
             self.best = {"epoch": self.epoch, "accuracy_percent": accuracy, "model": weights}
         LOG.info(self._epoch_line(row, is_best))
         self.epoch, self.batches_done = self.epoch + 1, 0
-        self.sums = Sums(self.step.device)
+        self.sums = RunningTotals(self.step.device)
         if distributed.is_main():
             self.write_history()
             if is_best:

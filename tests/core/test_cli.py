@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 
 from conftest import REPOSITORY, WITHOUT_TORCH
 from core import cli
-from core.cli import number, printable, run_main, start_log, whole_number
-from core.errors import RunError, UsageError
+from core.cli import number, run_main, shell_command, start_log, whole_number
+from core.errors import RunError, UsageError, printable
 
 # ---- flag types ----
 
@@ -47,8 +48,18 @@ def test_numbers_that_do_not_count(text: str) -> None:
 def test_what_is_shown_of_an_answer_is_short_and_harmless() -> None:
     assert printable("größer 7") == "größer 7"
     assert printable("a\x1b[2J\n\t\x00\udcff\u202e") == "a?[2J?????"
-    assert printable("x" * 50) == "x" * 40 + "..."
-    assert printable("x" * 40) == "x" * 40
+    assert printable("x" * 50, 40) == "x" * 40 + "..."
+    assert printable("x" * 40, 40) == "x" * 40
+    assert printable(ValueError("no\nroom")) == "no?room"
+
+
+def test_a_command_is_quoted_for_this_systems_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["python", "train.py", "--data-dir", "my data", "--name", "it's"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "posix")
+        assert shlex.split(shell_command(words)) == words
+        patch.setattr(os, "name", "nt")
+        assert shell_command(words) == 'python train.py --data-dir "my data" --name it\'s'
 
 
 # ---- errors and the log ----

@@ -16,11 +16,13 @@ import torch
 import train
 from cifar.dataset import Split, load_dataset
 from core import cli, distributed
+from helpers.small_net import batches_of, make_step, small_net
+from helpers.small_net import train as small_net_train
 from model import build_model
 from training import engine
 from training import run as run_module
 from training.recipe import Recipe
-from utils import make_test_batches, make_train_loader
+from utils import TrainBatchSampler, make_test_batches, make_train_loader
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 240  # for a start on a busy machine; nothing takes a tenth of it on an idle one
@@ -225,12 +227,12 @@ def test_other_processes_hold_their_message_back(monkeypatch: pytest.MonkeyPatch
 
 def test_only_the_loss_of_another_process_is_taken_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = RuntimeError("[pair.cc:525] Connection closed by peer [127.0.0.1]:4711")
-    assert not distributed.lost_another(closed)  # one process has no other
+    assert not distributed.is_peer_failure(closed)  # one process has no other
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert distributed.lost_another(closed)
-    assert distributed.lost_another(torch.distributed.DistBackendError("NCCL communicator was aborted"))
-    assert not distributed.lost_another(RuntimeError("shapes do not fit"))
-    assert not distributed.lost_another(ValueError("Connection closed by peer"))
+    assert distributed.is_peer_failure(closed)
+    assert distributed.is_peer_failure(torch.distributed.DistBackendError("NCCL communicator was aborted"))
+    assert not distributed.is_peer_failure(RuntimeError("shapes do not fit"))
+    assert not distributed.is_peer_failure(ValueError("Connection closed by peer"))
 
 
 def test_each_process_draws_its_own_augmentations_on_its_own_part() -> None:
@@ -248,15 +250,108 @@ def test_each_process_draws_its_own_augmentations_on_its_own_part() -> None:
     assert sum(differ) > len(differ) / 2
 
 
+def in_two_processes(folder: Path, worker: str) -> list[dict]:
+    """The `result` of the Python code `worker` on each of two ranks; it may use small_net and `rank`."""
+    before = "import torch\nfrom core import distributed\nfrom helpers import small_net\nrank = distributed.rank()\n"
+    before += "torch.set_num_threads(1)\ndistributed.start(torch.device('cpu'))\n"
+    after = "\ntorch.save(result, f'rank{rank}.pt')\ndistributed.stop()\n"
+    paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": paths}
+    command = [sys.executable, "-c", before + worker + after]
+    processes = [start(command, folder, r, environment(**place, RANK=r, LOCAL_RANK=r)) for r in ("0", "1")]
+    try:
+        codes = [process.wait(timeout=PATIENCE_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "".join((folder / f"err{rank}.txt").read_text()[-2000:] for rank in (0, 1))
+    return [load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+# 23 images in global batches of 8, 8 and 7: the last one gives 3 to the first rank and 4 to the second.
+RAGGED_EPOCH = """
+from pathlib import Path
+from core.cli import Interrupts
+from training.recipe import Recipe
+from training.run import Run
+from training.run_files import RunFiles
+from utils import TrainBatchSampler
+
+sizes, all_reduce = [], torch.distributed.all_reduce
+torch.distributed.all_reduce = lambda values: (sizes.append(values.numel()), all_reduce(values))
+[(images, labels)] = small_net.batches_of(23)
+result = {}
+for sync_bn in (False, True):
+    sampler = TrainBatchSampler(23, 8, seed=0, rank=rank, world_size=2)
+    batches = [(images[request.indices], labels[request.indices]) for request in sampler]
+    model = small_net.small_net()
+    step = small_net.make_step(model, sync_bn=sync_bn)
+    run = Run(RunFiles(Path(), "run"), Recipe(), model, step, 3, Interrupts(), resume_command="")
+    sizes.clear()
+    small_net.train(step, batches, global_size=sampler.global_size, after_batch=run.after_train_batch)
+    result[sync_bn] = {"sizes": list(sizes), "gradients": [p.grad for p in model.parameters()]}
+"""
+
+
+def test_a_step_adds_no_all_reduce_and_a_ragged_batch_gives_the_gradients_of_one_process(
+    tmp_path: Path,
+) -> None:
+    ranks = in_two_processes(tmp_path, RAGGED_EPOCH)
+    # one for each batch, on interrupt and checkpoint together; one for the epoch's metrics
+    assert [rank[False]["sizes"] for rank in ranks] == [[2, 2, 2, 3]] * 2
+
+    [(images, labels)] = batches_of(23)
+    model = small_net()
+    requests = TrainBatchSampler(23, 8, seed=0, rank=0, world_size=1)
+    small_net_train(make_step(model), [(images[r.indices], labels[r.indices]) for r in requests])
+    for weight, *found in zip(model.parameters(), *(rank[True]["gradients"] for rank in ranks), strict=True):
+        for gradient in found:
+            torch.testing.assert_close(gradient, weight.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_uneven_parts_count_by_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_model("resnet20")
-    recipe = Recipe(model="resnet20")
-    optimizer = recipe.build_optimizer(model)
-    step = engine.TrainStep(model, recipe.build_criterion(), optimizer, recipe.build_scheduler(optimizer, 1))
-    assert step._share(5) == 1.0
+    assert engine._loss_weight(5, 5) == 1.0
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values + 2)  # the other one has 2
-    assert float(step._share(5)) == pytest.approx(10 / 7)
+    assert engine._loss_weight(5, 7) == pytest.approx(10 / 7)
+
+
+# Compilation fails on the rank `broken`, forward with sync_bn, else backward. A rank has 3, 4 and 4 images.
+COMPILATION = """
+from training import engine
+broken, result = BROKEN, {}
+for sync_bn in (False, True):
+    def compiled(model, device):
+        def run(images):
+            if rank == broken and sync_bn:
+                raise RuntimeError("no compiler")
+            logits = model(images)
+            if rank == broken:
+                logits.register_hook(lambda gradient: 1 / 0)
+            ran.append(type(model).__name__)
+            return logits
+        return run
+    ran, engine.compiled = [], compiled
+    for compile_batch_size in (None, 8):
+        model = small_net.small_net()
+        batches = [(images[rank::2], labels[rank::2]) for images, labels in small_net.batches_of(6, 8, 8)]
+        step = small_net.make_step(model, sync_bn=sync_bn, compile_batch_size=compile_batch_size)
+        small_net.train(step, batches)
+        result[sync_bn, compile_batch_size] = model.state_dict()
+    result[sync_bn, "ran"] = ran
+"""
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1])
+def test_a_compilation_that_fails_on_one_rank_is_given_up_on_both(tmp_path: Path, broken: int | None) -> None:
+    ranks = in_two_processes(tmp_path, COMPILATION.replace("BROKEN", str(broken)))
+    for result in ranks:
+        for sync_bn in (False, True):
+            for name, value in result[sync_bn, None].items():
+                assert torch.equal(result[sync_bn, 8][name], value), name
+                assert torch.equal(ranks[0][sync_bn, 8][name], value), name
+            used = result[sync_bn, "ran"].count("DistributedDataParallel")
+            assert used == (2 if broken is None else 0)
 
 
 def test_one_process_gets_its_input_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,9 +360,9 @@ def test_one_process_gets_its_input_back(monkeypatch: pytest.MonkeyPatch) -> Non
     values, model = torch.arange(3.0), build_model("resnet20")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert distributed.sum_over_ranks(values) is values
-    assert distributed.from_main(values) is values
-    assert distributed.wrap(model, torch.device("cpu"), sync_bn=True) is model
-    distributed.share_buffers(model)
+    assert distributed.broadcast_object(values) is values
+    assert distributed.wrap_ddp(model, torch.device("cpu"), sync_bn=True) is model
+    distributed.broadcast_buffers(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert distributed.is_main() and distributed.world_size() == 1
-    assert not distributed.any_rank(False, torch.device("cpu"))
+    assert distributed.any_rank(torch.device("cpu"), False, True) == [False, True]

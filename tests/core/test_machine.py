@@ -17,7 +17,14 @@ import torch
 from core import cores
 from core import machine as device
 from core.errors import UsageError
-from core.machine import choose_compile, choose_device, native_bf16, set_up_torch
+from core.machine import (
+    choose_compile,
+    choose_device,
+    device_name,
+    native_bf16,
+    precision_name,
+    set_up_torch,
+)
 
 REPOSITORY = Path(device.__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -101,6 +108,20 @@ def test_bf16_on_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, in
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert native_bf16(torch.device("cuda", 0)) is native
     assert native_bf16(torch.device("mps")) is False
+
+
+def test_names_for_people_tell_tf32_from_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert [device_name(where) for where in (gpu, CPU, torch.device("mps"))] == ["GPU 0", "cpu", "mps"]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for capability, expected in (((7, 5), "fp32"), ((8, 0), "fp32 (TF32)"), ((9, 0), "fp32 (TF32)")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert precision_name("fp32", gpu) == expected
+        assert precision_name("bf16", gpu) == "bf16"
+        assert precision_name("fp32", CPU) == precision_name("fp32", torch.device("mps")) == "fp32"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert precision_name("fp32", gpu) == "fp32"
 
 
 def test_the_network_is_compiled_where_a_run_is_long_enough_to_gain() -> None:

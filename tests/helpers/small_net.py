@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD
-from training.engine import Metrics, Sums, TrainStep, train_one_epoch
+from training.engine import Metrics, RunningTotals, TrainStep, train_one_epoch
 from training.recipe import Recipe
 
 CLASSES = 10
@@ -46,5 +46,5 @@ def make_step(model: nn.Module, recipe: Recipe | None = None, **options: object)
 
 
 def train(step: TrainStep, batches: list[Batch], **options: object) -> Metrics:
-    sums = options.pop("sums", None) or Sums(step.device)
+    sums = options.pop("sums", None) or RunningTotals(step.device)
     return train_one_epoch(step, batches, sums, batches=len(batches), **options)

@@ -14,8 +14,10 @@ from torch import nn
 
 from conftest import REPOSITORY
 from core.cli import LOG
+from core.errors import RunError
 from helpers.small_net import batches_of, make_step, small_net, train
 from training import engine
+from training.techniques import Techniques
 
 
 @pytest.fixture
@@ -48,10 +50,10 @@ def test_compiled_and_eager_training_agree_and_a_short_batch_compiles_nothing(
     torch._dynamo.utils.counters.clear()
     batches = batches_of(*[16] * 19, 5)
     losses = []
-    for compile_model in (False, True):
-        step = make_step(small_net(), compile_model=compile_model)
+    for compile_batch_size in (None, 16):
+        step = make_step(small_net(), compile_batch_size=compile_batch_size)
         losses.append([step(images, labels)[0].item() / len(labels) for images, labels in batches])
-    assert warnings_logged == [] and step.compiled is not None and step.compiled_size == 16
+    assert warnings_logged == [] and step.compiled is not None
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
@@ -88,7 +90,7 @@ def test_failed_compilation_is_one_warning_and_the_same_training(
     batches = batches_of(8, 8, 8)
     eager, fallen_back = small_net(), small_net()
     metrics = train(make_step(eager), batches)
-    assert train(make_step(fallen_back, compile_model=True), batches) == metrics
+    assert train(make_step(fallen_back, compile_batch_size=8), batches) == metrics
     assert len(warnings_logged) == 1
     assert "training eagerly: no compiler" in warnings_logged[0] and "\n" not in warnings_logged[0]
     for name, value in eager.state_dict().items():
@@ -96,14 +98,41 @@ def test_failed_compilation_is_one_warning_and_the_same_training(
 
 
 def test_only_full_batches_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes first: a run may be resumed at the ragged last batch."""
     sizes: list[int] = []
 
     def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda images: (sizes.append(len(images)), model(images))[1]
 
     monkeypatch.setattr(engine, "compiled", compiled)
-    train(make_step(small_net(), compile_model=True), batches_of(8, 8, 3, 8))
-    assert sizes == [8, 8, 8]
+    train(make_step(small_net(), compile_batch_size=8), batches_of(3, 8, 8, 3, 8))
+    assert sizes and set(sizes) == {8}
+    sizes.clear()
+    # in micro-batches of 3, 3 and 2; a ragged batch of 7 has one of 3 too
+    techniques = Techniques(accumulate=3)
+    train(make_step(small_net(), compile_batch_size=8, techniques=techniques), batches_of(7, 8, 7))
+    assert sizes and set(sizes) == {3}
+    repeated = len(sizes)
+    train(make_step(small_net(), compile_batch_size=8, techniques=techniques), batches_of(7, 8, 7, 7))
+    assert len(sizes) == 2 * repeated
+
+
+def test_resumed_at_the_ragged_batch_it_ends_in_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: model(images) * 1.01  # so that compiled and eager batches differ
+
+    monkeypatch.setattr(engine, "compiled", compiled)
+    batches = batches_of(8, 3, 8, 8)
+    unbroken, begun, resumed = small_net(), small_net(), small_net()
+    train(make_step(unbroken, compile_batch_size=8), batches)
+    step, again = (make_step(model, compile_batch_size=8) for model in (begun, resumed))
+    train(step, batches[:1])
+    resumed.load_state_dict(begun.state_dict())
+    again.optimizer.load_state_dict(step.optimizer.state_dict())
+    again.scheduler.load_state_dict(step.scheduler.state_dict())
+    train(again, batches[1:])
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
 
 
 def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,20 +142,61 @@ def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: py
         def run(images: torch.Tensor) -> torch.Tensor:
             calls.append(1)
             if len(calls) > 1:
-                raise RuntimeError("out of memory")
+                raise RuntimeError("an illegal memory access")
             return model(images)
 
         return run
 
     monkeypatch.setattr(engine, "compiled", compiled)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(make_step(small_net(), compile_model=True), batches_of(8, 8))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train(make_step(small_net(), compile_batch_size=8), batches_of(8, 8))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nsecond line"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory."),
+    ],
+)
+@pytest.mark.parametrize("compile_batch_size", [None, 8])
+def test_out_of_memory_is_one_line_and_no_failed_compilation(
+    monkeypatch: pytest.MonkeyPatch,
+    warnings_logged: list[str],
+    error: Exception,
+    compile_batch_size: int | None,
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise error
+
+    model = small_net()
+    monkeypatch.setattr(engine, "compiled", lambda model, device: fail)
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(RunError) as caught:
+        train(make_step(model, compile_batch_size=compile_batch_size), batches_of(8))
+    assert str(caught.value) == "out of memory: pass a smaller --batch-size, or --accumulate 2"
+    assert warnings_logged == []
+
+
+def test_the_trial_of_a_compilation_leaves_the_random_draws_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "compiled", lambda model, device: model)
+    weights = []
+    for compile_batch_size in (None, 8):
+        model = small_net().insert(2, nn.Dropout())
+        torch.manual_seed(0)
+        train(make_step(model, compile_batch_size=compile_batch_size), batches_of(8, 8))
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(weights[1][name], value), name
 
 
 BROKEN_COMPILER = """
 import torch
 from helpers.small_net import batches_of, make_step, small_net, train
-print(train(make_step(small_net(), compile_model=True), batches_of(8, 8)).images)
+print(train(make_step(small_net(), compile_batch_size=8), batches_of(8, 8)).images)
 """
 
 

@@ -15,7 +15,7 @@ from core.errors import RunError
 from helpers.loss_curve import STEPS, STORED, conditions, loss_curve
 from helpers.small_net import batches_of, make_step, plainly_normalized, small_net, train
 from training import engine
-from training.engine import Sums, evaluate, train_one_epoch
+from training.engine import RunningTotals, evaluate, train_one_epoch
 from training.recipe import Recipe
 
 # ---- training ----
@@ -52,9 +52,9 @@ def test_an_epoch_in_two_parts_is_the_epoch_in_one() -> None:
     whole_model, parted_model = small_net(), small_net()
     whole = train(make_step(whole_model), batches)
     step = make_step(parted_model)
-    sums, done = Sums(step.device), []
+    sums, done = RunningTotals(step.device), []
     train_one_epoch(step, batches[:2], sums, batches=4, after_batch=done.append)
-    later = Sums(step.device)
+    later = RunningTotals(step.device)
     later.restore(sums.state())
     parted = train_one_epoch(step, batches[2:], later, first_batch=2, batches=4, after_batch=done.append)
     assert parted == whole
@@ -68,7 +68,7 @@ def test_a_step_reads_nothing_back_from_the_device(monkeypatch: pytest.MonkeyPat
     """Meta tensors hold no values: whatever waits for one raises."""
     monkeypatch.setattr(engine, "autocast", lambda *_: contextlib.nullcontext())  # which knows no meta device
     step = make_step(small_net("meta"))
-    sums = Sums(torch.device("meta"))
+    sums = RunningTotals(torch.device("meta"))
     for images, labels in batches_of(4, 4):
         sums.add(*step(images.to("meta"), labels.to("meta")), len(labels), 1)
     assert sums.values.device.type == "meta"
@@ -77,13 +77,13 @@ def test_a_step_reads_nothing_back_from_the_device(monkeypatch: pytest.MonkeyPat
 
 
 def test_sums_keep_more_digits_than_float32() -> None:
-    sums = Sums(torch.device("cpu"))
+    sums = RunningTotals(torch.device("cpu"))
     for number in range(1, 1001):
         sums.add(torch.tensor(1e5 + 0.1), torch.tensor(1), 10, number)
     assert sums.metrics().loss == pytest.approx((1e5 + 0.1) / 10, rel=1e-6)
     assert sums.metrics().accuracy_percent == 10
     assert sums.metrics().images == 10_000
-    again = Sums(torch.device("cpu"))
+    again = RunningTotals(torch.device("cpu"))
     again.restore(sums.state())
     assert torch.equal(again.values, sums.values)
 
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_state_can_be_saved() -> None
 
 def test_the_first_bad_batch_is_the_one_that_is_named() -> None:
     """On a GPU the sums are read seldom: later batches must not hide the first one."""
-    sums = Sums(torch.device("cpu"))
+    sums = RunningTotals(torch.device("cpu"))
     for number, loss in enumerate([1.0, 2.0, math.inf, math.nan, 3.0], start=1):
         sums.add(torch.tensor(loss), torch.tensor(0), 1, number)
     with pytest.raises(RunError, match="batch 3 of epoch 1/1"):

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cifar.dataset import DATASETS
 from core.errors import UsageError
-from training.recipe import DATASETS, MAX_EPOCHS, Recipe
+from training.recipe import MAX_EPOCHS, Recipe
 
 # First and last epoch of each phase of the reference's 100 epochs, and its learning rate.
 REFERENCE_RATES = ((1, 40, 0.1), (41, 70, 0.02), (71, 85, 0.004), (86, 100, 0.0008))
