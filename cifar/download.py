@@ -71,7 +71,7 @@ def fetch(sources: Sequence[str], destination: str | Path, *, md5: str, size: in
                 reasons[source] = str(failure)
             else:
                 for failed, reason in reasons.items():
-                    log.warning("given up: %s: %s", _label(failed), reason)
+                    log.warning("download source failed: %s: %s", _label(failed), reason)
                 return download.path
             received = _size_of(download.part) - bytes_before
             if received >= size / 1000:
