@@ -161,7 +161,7 @@ def load_images(data_dir: Path, *sizes: int) -> tuple[Split, Split, str]:
     folder = data_dir / "cifar-100-python"
     if all((folder / name).is_file() for name in ("train", "test", "meta")):
         with contextlib.suppress(DatasetUnavailable, RunError):
-            data = load_dataset("cifar100", data_dir, show_progress=False)
+            data = load_dataset("cifar100", data_dir)
             pairs = zip((data.train, data.test), sizes, strict=True)
             train, test = (Split(split.images[:size], split.labels[:size]) for split, size in pairs)
             return train, test, "CIFAR-100"

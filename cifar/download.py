@@ -1,348 +1,269 @@
-"""Fetch one known file from the first source that gives it whole, and keep what came of it."""
+"""Download a tar.gz of known md5 from the first source that is fast enough, and extract it."""
 
+import contextlib
+import hashlib
 import http.client
 import logging
 import os
 import queue
+import re
 import shutil
+import tarfile
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from cifar.archive import md5_of
+from core.cli import progress_bar
 from core.errors import RunError, printable
 from core.files import atomic_write
 
 log = logging.getLogger(__name__)
 
+# A source is given up when its first answer takes longer than CONNECT_S (name look-up, redirects and TLS
+# included), when no byte arrives for STALL_S, or when it is slower than SLOW_BYTES_PER_S over SLOW_WINDOW_S.
+CONNECT_S = 8.0
+STALL_S = 20.0
+SLOW_WINDOW_S = 30.0
+SLOW_BYTES_PER_S = 200_000.0
 CHUNK_BYTES = 256 * 1024
-# Some hosts refuse urllib's own name.
-USER_AGENT = "cifar100-resnet/1.0"
+GZIP_START = b"\x1f"  # the first byte of every gzip file
+USER_AGENT = "cifar100-resnet/1.0"  # some hosts refuse urllib's default
 
 
 class DownloadFailed(RunError):
-    """No source gave the file; `reasons` holds (source, reason) pairs in the order of trying."""
-
-    def __init__(self, message: str, reasons: Sequence[tuple[str, str]]):
-        super().__init__(message)
-        self.reasons = list(reasons)
+    """No source provided the file; the message has a line for each source with its reason."""
 
 
 class _SourceFailed(Exception):
-    """One source is given up. `again`: it gave bytes, so a second try may go on from there."""
-
-    def __init__(self, reason: str, again: bool = False, bytes_per_s: float = 0.0):
-        super().__init__(reason)
-        self.again = again
-        self.bytes_per_s = bytes_per_s
+    """Why one source was given up."""
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is wanted, and how patient to be; see `fetch`."""
+def fetch(sources: Sequence[str], destination: str | Path, *, md5: str, size: int) -> Path:
+    """Put the tar.gz with this `md5` and `size` (bytes) at `destination` and return that path.
 
-    destination: Path
-    part: Path
-    md5: str
-    size: int
-    show_progress: bool
-    connect_s: float
-    stall_s: float
-    slow_window_s: float
-    clock: Callable[[], float]
-
-
-def fetch(
-    sources: Sequence[str],
-    destination: str | Path,
-    *,
-    md5: str,
-    size: int,
-    show_progress: bool = True,
-    connect_s: float = 8.0,
-    stall_s: float = 20.0,
-    slow_window_s: float = 30.0,
-    slow_bytes_per_s: float = 200_000.0,
-    clock: Callable[[], float] = time.monotonic,
-) -> Path:
-    """Put the file with this `md5` and `size` (bytes) at `destination` and return that path.
-
-    `sources` are http(s) URLs, file URLs or paths of local files, all of the same bytes, tried in
-    order. Bytes received are kept in `destination` + ".part", also over Ctrl-C, and the next try
-    goes on from there, whichever source it asks (HTTP Range). A source is given up when its first
-    answer takes over `connect_s` (name look-up, redirects and TLS included: each wait alone could
-    take minutes), when no byte comes for `stall_s`, or when it gives under `slow_bytes_per_s` over
-    `slow_window_s` while others are untried. Once all were tried, those that gave something are
-    asked again, the fastest first and without the speed rule, for as long as a round brings 1 %.
-    Sources given up before one succeeds are named in the log.
+    `sources` are http(s) URLs, file URLs or local paths of the same file, tried in order until one is fast
+    enough (see CONNECT_S). The bytes received are kept in `destination` + ".part", after Ctrl-C too, and the
+    next attempt resumes there, whichever source it uses (HTTP Range). Once all sources were tried, those
+    that sent at least a thousandth of the file are tried again, the fastest first and at any speed, for as
+    long as that makes progress.
 
     Raises:
-        DownloadFailed: no source gave the file whole and with the right md5.
+        DownloadFailed: no source provided the whole file with the right md5.
         RunError: the folder cannot be written.
     """
-    destination = Path(destination)
-    part = destination.with_name(destination.name + ".part")
-    job = _Job(destination, part, md5, size, show_progress, connect_s, stall_s, slow_window_s, clock)
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the folder {destination.parent}: {error.strerror}") from error
-
+    download = _Download(Path(destination), md5, size)
+    with _writing(download.path.parent):
+        download.path.parent.mkdir(parents=True, exist_ok=True)
     reasons: dict[str, str] = {}
-    rates: dict[str, float] = {}
-    waiting = list(dict.fromkeys(sources))
-    first_round = True
-    while waiting:
-        bytes_before = _size_of(part)
-        again = []
-        for number, source in enumerate(waiting, start=1):
-            # The last untried source need only be faster than those given up as slow.
-            untried = number < len(waiting)
-            least = slow_bytes_per_s if untried else max(rates.values(), default=0.0)
+    remaining, min_speed = list(dict.fromkeys(sources)), SLOW_BYTES_PER_S
+    while remaining:
+        speeds: dict[str, float] = {}
+        for source in remaining:
+            bytes_before, began = _size_of(download.part), time.monotonic()
             try:
-                path = _try_source(source, job, least if first_round else 0.0)
-                for failed, reason in reasons.items():
-                    log.warning("given up: %s: %s", label(failed), reason)
-                return path
+                download.from_source(source, min_speed)
             except _SourceFailed as failure:
                 reasons[source] = str(failure)
-                if failure.again:
-                    again.append(source)
-                    rates[source] = failure.bytes_per_s
-        if not first_round and _size_of(part) - bytes_before < size / 100:
-            break
-        first_round = False
-        waiting = sorted(again, key=lambda source: -rates[source])
-    pairs = [(label(source), reason) for source, reason in reasons.items()]
-    raise DownloadFailed(f"no source gave {destination.name}", pairs)
+            else:
+                for failed, reason in reasons.items():
+                    log.warning("download source failed: %s: %s", _label(failed), reason)
+                return download.path
+            received = _size_of(download.part) - bytes_before
+            if received >= size / 1000:
+                speeds[source] = received / max(time.monotonic() - began, 1e-3)
+        remaining, min_speed = sorted(speeds, key=lambda source: -speeds[source]), 0.0
+    raise DownloadFailed("\n".join(f"  {_label(source)}: {reason}" for source, reason in reasons.items()))
 
 
-def label(source: str) -> str:
+def md5_of(path: Path) -> str:
+    """The md5 of a file in hexadecimal; OSError if it cannot be read."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def extract(archive: Path, names: Sequence[str], folder: Path) -> None:
+    """Extract the files `names` of a tar.gz of known md5 into `folder`, each one atomically.
+
+    No path comes from the archive: a member is written to `folder` under the last part of its name, so that
+    no archive can write elsewhere, with or without tarfile's filters (Python 3.10.12).
+
+    Raises:
+        RunError: the archive is damaged, or `folder` cannot be written.
+    """
+    with _writing(folder):
+        folder.mkdir(exist_ok=True)
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:  # in the archive's order: going back would decompress it again
+                if member.isfile() and member.name in names:
+                    with atomic_write(folder / Path(member.name).name) as target:
+                        shutil.copyfileobj(tar.extractfile(member), target)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        raise RunError(f"cannot unpack {archive}: {printable(error)}") from error
+
+
+def _label(source: str) -> str:
     """`source` without user name, password and query, which may be secrets."""
-    scheme, separator, rest = source.partition("://")
-    if separator and scheme in ("http", "https"):
-        host, slash, path = rest.partition("?")[0].partition("/")
-        return printable(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
+    if source.startswith(("http://", "https://")):
+        source = re.sub(r"(?s)(?<=://)[^/?#]*@|\?.*", "", source)
     return printable(source)
 
 
 def _size_of(path: Path) -> int:
-    """The size of a file in bytes, 0 where there is none."""
+    """The size of a file in bytes; 0 if there is none."""
     try:
         return path.stat().st_size
     except OSError:
         return 0
 
 
-def _try_source(source: str, job: _Job, least_bytes_per_s: float) -> Path:
-    """`fetch` from one source; raises _SourceFailed with the reason."""
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise a RunError for an OSError: the disk failed, not the source."""
     try:
-        parts = urllib.parse.urlsplit(source)
-    except ValueError as error:
-        raise _SourceFailed(f"not a URL: {printable(error)}") from error
-    if parts.scheme in ("http", "https"):
-        resumed = True
-        while resumed:
-            resumed = _download(source, job, least_bytes_per_s)
-            if _accept_part(job):
-                return job.destination
-            # Bytes kept from before may be the bad ones: then this source gets a fresh start.
-        raise _SourceFailed("what it sends has the wrong md5")
-    if parts.scheme == "file":
-        return _copy(Path(urllib.request.url2pathname(parts.path)), job)
-    if len(parts.scheme) > 1 and "://" in source:
-        raise _SourceFailed(f"{printable(parts.scheme)} is not http, https or file")
-    return _copy(Path(source).expanduser(), job)
-
-
-def _copy(path: Path, job: _Job) -> Path:
-    """Copy a local file to the destination when it is the right one."""
-    try:
-        # Asked first: a device or a pipe has no end.
-        if not path.is_file():
-            raise _SourceFailed("no such file")
-        if path.stat().st_size != job.size:
-            raise _SourceFailed(f"has {path.stat().st_size:,} bytes, not {job.size:,}")
-        if md5_of(path) != job.md5:
-            raise _SourceFailed("has the wrong md5")
-    except (OSError, ValueError) as error:
-        raise _SourceFailed(_reason(error, job)) from error
-    if path.resolve() != job.destination.resolve():
-        with open(path, "rb") as source, atomic_write(job.destination) as target:
-            shutil.copyfileobj(source, target)
-    return job.destination
-
-
-def _accept_part(job: _Job) -> bool:
-    """Move a whole .part into place; delete it, and return False, when its md5 is wrong."""
-    try:
-        if md5_of(job.part) != job.md5:
-            job.part.unlink()
-            return False
-        os.replace(job.part, job.destination)
-    except FileNotFoundError:
-        # Another process that fetched the same file was faster by a moment.
-        return job.destination.is_file() and md5_of(job.destination) == job.md5
+        yield
     except OSError as error:
-        raise RunError(f"cannot write {job.destination}: {error.strerror}") from error
-    return True
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _download(source: str, job: _Job, least_bytes_per_s: float) -> bool:
-    """Complete the .part from one server; True when bytes kept from before are in it."""
-    offset = _size_of(job.part)
-    if offset >= job.size:
-        return True  # whole or too long: its md5 says which
-    try:
-        try:
-            response = _open(source, offset, job)
-        except urllib.error.HTTPError as error:
-            # 416: the server finds the range wrong. Ask for the whole file, and check its length.
-            if error.code != 416 or not offset:
-                raise
-            offset = 0
-            response = _open(source, 0, job)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _SourceFailed(_reason(error, job)) from error
-    with response:
-        start, length_known = _check_answer(response, offset, job.size)
-        position = start
-        try:
-            position = _receive(response, source, start, job, least_bytes_per_s)
-        finally:
-            # A page that is no archive (a login page, say) must not stay as the file's beginning.
-            if not length_known and position < job.size:
-                job.part.unlink(missing_ok=True)
-    if position < job.size:
-        reason = f"the connection closed after {position:,} of {job.size:,} bytes"
-        raise _SourceFailed(reason, again=position > start)
-    return start > 0
+class _Download:
+    """A file of known md5 and size (bytes) at `path`, and what has been received of it in `part`."""
+
+    def __init__(self, path: Path, md5: str, size: int) -> None:
+        self.path, self.md5, self.size = path, md5, size
+        self.part = path.with_name(path.name + ".part")
+
+    def from_source(self, source: str, min_speed: float) -> None:
+        """Complete the file from one source, which must send at least `min_speed` bytes/s.
+
+        Raises:
+            _SourceFailed: it did not.
+        """
+        while True:
+            try:
+                start = self._receive(_url_of(source), min_speed)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise _SourceFailed(_reason(error)) from error
+            if self._accept_part():
+                return
+            if start == 0:
+                raise _SourceFailed("sends a file with the wrong md5")
+            # The bytes from an earlier attempt may be the bad ones: start afresh.
+
+    def _accept_part(self) -> bool:
+        """Move the whole .part into place; if its md5 is wrong, delete it and return False."""
+        with _writing(self.path):
+            try:
+                if md5_of(self.part) == self.md5:
+                    os.replace(self.part, self.path)
+                    return True
+                self.part.unlink()
+                return False
+            except FileNotFoundError:  # another process has just completed the same download
+                return self.path.is_file() and md5_of(self.path) == self.md5
+
+    def _receive(self, url: str, min_speed: float) -> int:
+        """Complete the .part from a URL; return where in the file its answer began, in bytes.
+
+        Written in place, so that earlier bytes survive a server without Range that breaks off, and two
+        processes that download at once write the same bytes to the same places.
+        """
+        start = _size_of(self.part)
+        if start >= self.size:
+            return start  # complete or too long: the md5 will tell
+        with _open(url, start) as response:
+            if response.status not in (200, 206, None):  # None: a local file
+                raise _SourceFailed(f"HTTP {response.status}")
+            if response.status != 206:
+                start = 0
+            elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise _SourceFailed("sends another range than the one asked for")
+            length = response.headers.get("Content-Length")
+            if length not in (None, str(self.size - start)):
+                raise _SourceFailed(f"offers {printable(length)} bytes, not {self.size - start}")
+            with _writing(self.part):
+                self.part.touch()
+                host = urllib.parse.urlsplit(url).hostname
+                bar = progress_bar(total=self.size, initial=start, desc=host, unit="B", unit_scale=True)
+                with open(self.part, "r+b") as file, bar:
+                    file.seek(start)
+                    for chunk in self._chunks(response, start, min_speed):
+                        file.write(chunk)
+                        file.flush()
+                        bar.update(len(chunk))
+        return start
+
+    def _chunks(self, response: http.client.HTTPResponse, start: int, min_speed: float) -> Iterator[bytes]:
+        """The file's bytes from `start` on, as they arrive."""
+        position = window_start = start
+        window_began = time.monotonic()
+        while position < self.size:
+            progress = f"after {position:,} of {self.size:,} bytes"
+            try:
+                # read1 returns what is there; read would wait for the whole chunk
+                chunk = response.read1(min(CHUNK_BYTES, self.size - position))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise _SourceFailed(f"{_reason(error)}, {progress}") from error
+            if not chunk:
+                raise _SourceFailed(f"the connection closed {progress}")
+            if position == 0 and not chunk.startswith(GZIP_START):
+                raise _SourceFailed("sends something else than a gzip file, perhaps a login page")
+            yield chunk
+            position += len(chunk)
+            seconds = time.monotonic() - window_began
+            if seconds >= SLOW_WINDOW_S and position < self.size:
+                speed = (position - window_start) / seconds
+                if speed < min_speed:
+                    raise _SourceFailed(f"too slow: {speed / 1000:.0f} kB/s")
+                window_start, window_began = position, time.monotonic()
 
 
-def _open(source: str, offset: int, job: _Job) -> http.client.HTTPResponse:
-    """Ask for the bytes from `offset` on; the answer's head must come within `connect_s`.
+def _url_of(source: str) -> str:
+    """`source`, which may be a local path, as a URL."""
+    return source if "://" in source else Path(os.path.expanduser(source)).absolute().as_uri()
 
-    A thread asks, because look-ups and connects to several addresses have no common time limit.
+
+def _open(url: str, start: int) -> http.client.HTTPResponse:
+    """Ask for the bytes from `start` on; the answer must begin within CONNECT_S.
+
+    A thread asks: urllib's time-out limits neither the look-up of the name, nor the sum over a host's
+    addresses and redirects, nor an answer whose head arrives byte by byte.
     """
-    headers = {"User-Agent": USER_AGENT}
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
-    request = urllib.request.Request(source, headers=headers)
+    headers = {"User-Agent": USER_AGENT} | ({"Range": f"bytes={start}-"} if start else {})
+    request = urllib.request.Request(url, headers=headers)
     answers: queue.SimpleQueue = queue.SimpleQueue()
-    given_up = threading.Event()
 
     def ask() -> None:
         try:
-            answer = urllib.request.urlopen(request, timeout=job.stall_s)
-        except Exception as error:  # raised again by the caller below
-            answer = error
-        if given_up.is_set() and not isinstance(answer, Exception):
-            answer.close()
-        answers.put(answer)
+            answers.put(urllib.request.urlopen(request, timeout=STALL_S))
+        except Exception as error:  # raised by the caller below
+            answers.put(error)
 
     threading.Thread(target=ask, daemon=True, name="download").start()
     try:
-        answer = answers.get(timeout=job.connect_s)
+        answer = answers.get(timeout=CONNECT_S)
     except queue.Empty:
-        given_up.set()
-        raise TimeoutError(f"no answer within {job.connect_s:g} s") from None
+        raise _SourceFailed(f"no answer within {CONNECT_S:g} s") from None
+    if isinstance(answer, urllib.error.HTTPError) and answer.code == 416 and start:
+        return _open(url, 0)  # the server refuses the range: ask for the whole file
     if isinstance(answer, Exception):
         raise answer
     return answer
 
 
-def _check_answer(response: http.client.HTTPResponse, offset: int, size: int) -> tuple[int, bool]:
-    """Where the answer's bytes start in the file, and whether it said a length; 200 starts at 0."""
-    if response.status == 206:
-        # "bytes 100-199/200"; the total may be "*".
-        span, _, total = response.headers.get("Content-Range", "").partition("/")
-        start = span.removeprefix("bytes").strip().partition("-")[0]
-        if start != str(offset) or total.strip() not in (str(size), "*"):
-            raise _SourceFailed("it answers with another range than the one asked for")
-        return offset, True
-    length = response.headers.get("Content-Length")
-    if response.status != 200:
-        raise _SourceFailed(f"HTTP {response.status}")
-    if length is not None and length.strip() != str(size):
-        raise _SourceFailed(f"it offers {printable(length)} bytes, not {size:,}")
-    return 0, length is not None
-
-
-def _receive(
-    response: http.client.HTTPResponse,
-    source: str,
-    start: int,
-    job: _Job,
-    least_bytes_per_s: float,
-) -> int:
-    """Write the answer's bytes into the .part from `start` on; the position reached at its end.
-
-    Written in place, so that bytes kept from before survive a server without Range that breaks
-    off, and two processes that fetch at once write the same bytes to the same places.
-    """
-    position = window_start = start
-    window_began = job.clock()
-    bar = tqdm(
-        total=job.size,
-        initial=start,
-        desc=urllib.parse.urlsplit(source).hostname,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=None if job.show_progress else True,  # None: silent where stderr is no terminal
-    )
-    with _open_part(job.part) as file, bar:
-        file.seek(start)
-        while position < job.size:
-            try:
-                # read1 returns what is there; read would wait for the whole chunk.
-                chunk = response.read1(min(CHUNK_BYTES, job.size - position))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = f"{_reason(error, job)}, after {position:,} of {job.size:,} bytes"
-                raise _SourceFailed(reason, again=position > start) from error
-            if not chunk:
-                break
-            try:
-                file.write(chunk)
-                file.flush()
-            except OSError as error:
-                raise RunError(f"cannot write {job.part}: {error.strerror}") from error
-            position += len(chunk)
-            bar.update(len(chunk))
-            seconds = job.clock() - window_began
-            if seconds >= job.slow_window_s and position < job.size:
-                rate = (position - window_start) / seconds
-                if rate < least_bytes_per_s:
-                    raise _SourceFailed(f"slow: {rate / 1000:.0f} kB/s", True, rate)
-                window_start, window_began = position, job.clock()
-    return position
-
-
-def _open_part(part: Path):
-    """The .part, open for writing anywhere in it, made when missing."""
-    try:
-        return os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)), "r+b")
-    except OSError as error:
-        raise RunError(f"cannot write {part}: {error.strerror}") from error
-
-
-def _reason(error: Exception, job: _Job) -> str:
-    """An exception of a try as one short line."""
-    if isinstance(error, urllib.error.HTTPError):
-        error.close()
-        return printable(f"HTTP {error.code} {error.reason}")
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
+def _reason(error: Exception) -> str:
+    """The reason that an exception gives, as one short line."""
+    if type(error) is urllib.error.URLError:  # not its subclass HTTPError, which names the status
         error = error.reason
     if isinstance(error, TimeoutError):
-        return printable(str(error) if "within" in str(error) else f"no byte for {job.stall_s:g} s")
-    said = getattr(error, "strerror", None) or str(error)
-    if isinstance(error, http.client.HTTPException) or not said:
-        said = f"{type(error).__name__} {said}".strip()  # BadStatusLine alone holds just the line
-    return printable(said)
+        return f"no byte for {STALL_S:g} s"
+    name = f"{type(error).__name__}: " if isinstance(error, http.client.HTTPException) else ""
+    return printable(f"{name}{getattr(error, 'strerror', None) or error}")

@@ -148,7 +148,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
 def finder(quick: pytest.MonkeyPatch) -> list[str]:
     """Stands in for the LR finder and suggests 0.02; the list says whether it ran."""
     import train
-    from lr_suggestion import LRFinderResult
+    from utils import LRFinderResult
 
     ran: list[str] = []
 

@@ -224,7 +224,7 @@ from cifar import dataset
 from core.cli import run_main
 from helpers import stand_ins
 patch = pytest.MonkeyPatch()
-data = dataset.DatasetUnavailable("CIFAR-100 could not be downloaded:\\n  nobody: not there", [])
+data = dataset.DatasetUnavailable("CIFAR-100 could not be downloaded:\\n  nobody: not there")
 stand_ins.stand_in(patch, plots=False)
 loads = train.load_dataset
 def load_dataset(name, *rest, **options):

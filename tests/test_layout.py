@@ -11,8 +11,6 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A file imports files of its own room or of rooms before it in this order; scripts import no other script.
 RANKS = ("core", "model", "cifar", "utils", "training", "inspection", "scripts")
-# Parts of scripts that still have a file of their own.
-PARTS = {"lr_suggestion"}
 FILES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
     for folder in (".", "core", "cifar", "training", "inspection")
@@ -48,7 +46,7 @@ def test_the_modules_are_found() -> None:
 def test_imports_point_down(module: str) -> None:
     rank = RANKS.index(room(module))
     for name in project_imports(module):
-        own_room = ("." in module and room(name) == room(module)) or name in PARTS
+        own_room = "." in module and room(name) == room(module)
         assert own_room or RANKS.index(room(name)) < rank, f"{module} imports {name}"
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-100 on disk: what is right is read, what is not is refused before it is unpickled."""
+"""CIFAR-100 on disk: intact files are read, others refused before unpickling; subsets and hold-outs."""
 
 import builtins
 import hashlib
@@ -13,16 +13,27 @@ import numpy as np
 import pytest
 
 from cifar import dataset
-from cifar.dataset import DatasetUnavailable, checked_split, load_dataset, superclass_map
-from conftest import install_tiny_cifar, tar_gz, tiny_split
+from cifar.dataset import (
+    DatasetUnavailable,
+    Split,
+    balanced_subset,
+    checked_split,
+    load_dataset,
+    superclass_map,
+    train_val_split,
+)
+from conftest import install_tiny_cifar, tiny_split
 from core.errors import RunError, UsageError
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """No test here may ask for anything outside this machine."""
+    urlopen = urllib.request.urlopen
 
-    def refuse(*_, **__):
+    def refuse(request, **options):
+        if request.type == "file":
+            return urlopen(request, **options)
         raise OSError("no network in this test")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
@@ -55,55 +66,48 @@ def test_laid_out_files_are_read_without_network(tiny_cifar, tmp_path):
     assert data.superclass_of.dtype == np.int64
 
 
-def test_archive_laid_by_hand_is_used(tiny_cifar, tmp_path):
+def test_archive_put_beside_the_folder_is_used(tiny_cifar, tmp_path):
     (tmp_path / "cifar-100-python.tar.gz").write_bytes(tiny_cifar.archive)
     assert len(load_dataset("cifar100", tmp_path).train) == 200
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["cifar-100-python", "cifar-100-python.tar.gz"]
 
 
-@pytest.mark.parametrize("way", ["argument", "environment"])
-def test_archive_of_the_users_own_is_fetched(tiny_cifar, tmp_path, monkeypatch, way):
-    own = tmp_path / "own.tar.gz"
-    own.write_bytes(tiny_cifar.archive)
+@pytest.mark.parametrize("way", ["argument", "environment", "built in"])
+def test_own_archive_is_tried_first_and_the_built_in_sources_after_it(tiny_cifar, tmp_path, monkeypatch, way):
+    good = tmp_path / "good.tar.gz"
+    good.write_bytes(tiny_cifar.archive)
     if way == "environment":
-        monkeypatch.setenv("CIFAR100_URL", str(own))
-    url = str(own) if way == "argument" else None
+        monkeypatch.setenv("CIFAR100_URL", str(good))
+    sources = ("http://unused.invalid/a",) if way != "built in" else (str(good),)
+    monkeypatch.setattr(dataset, "SOURCES", sources)
+    url = {"argument": str(good), "built in": "/nowhere"}.get(way)
     assert len(load_dataset("cifar100", tmp_path / "data", url=url).test) == 100
 
 
-def test_own_source_is_asked_first_and_the_others_after_it(tiny_cifar, tmp_path, monkeypatch):
-    good, wrong = tmp_path / "good.tar.gz", tmp_path / "wrong.tar.gz"
-    good.write_bytes(tiny_cifar.archive)
-    wrong.write_bytes(bytes(len(tiny_cifar.archive)))
-    monkeypatch.setattr(dataset, "SOURCES", (str(good),))
-    assert len(load_dataset("cifar100", tmp_path / "data", url=str(wrong)).test) == 100
-    monkeypatch.setattr(dataset, "SOURCES", (str(wrong),))
-    with pytest.raises(DatasetUnavailable) as failure:
-        load_dataset("cifar100", tmp_path / "other", url="/nowhere")
-    assert [source for source, _ in failure.value.reasons] == ["/nowhere", str(wrong)]
-
-
-def test_unavailable_says_each_reason_and_what_to_do(tiny_cifar, tmp_path, monkeypatch):
+def test_unavailable_gives_each_reason_and_says_what_to_do(tiny_cifar, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "SOURCES", ("http://one.invalid/a", "http://two.invalid/b"))
     with pytest.raises(DatasetUnavailable) as failure:
-        load_dataset("cifar100", tmp_path, url=str(tmp_path / "own.tar.gz"))
-    message = str(failure.value)
-    assert f"  {tmp_path / 'own.tar.gz'}: no such file\n" in message
-    assert "  http://one.invalid/a: no network in this test\n" in message
-    assert "  http://two.invalid/b: no network in this test\n" in message
-    for hint in ("http://one.invalid/a or http://two.invalid/b", str(tmp_path / dataset.ARCHIVE)):
-        assert hint in message
-    for hint in (dataset.ARCHIVE_MD5, "--data-url", "CIFAR100_URL", "--dataset synthetic"):
-        assert hint in message
+        load_dataset("cifar100", tmp_path, url="http://own.invalid/c")
+    assert str(failure.value).splitlines() == [
+        "CIFAR-100 could not be downloaded:",
+        "  http://own.invalid/c: no network in this test",
+        "  http://one.invalid/a: no network in this test",
+        "  http://two.invalid/b: no network in this test",
+        "To download it manually: get http://one.invalid/a or http://two.invalid/b",
+        f"  ({len(tiny_cifar.archive):,} bytes, md5 {tiny_cifar.md5}), save it as "
+        f"{tmp_path / dataset.ARCHIVE}, and run again;",
+        "  or pass your own copy (URL or path) with --data-url or CIFAR100_URL.",
+        "To train without it, on built-in synthetic images: --dataset synthetic",
+    ]
     assert failure.value.exit_code == 1
     assert not (tmp_path / dataset.FOLDER).exists()
 
 
-def flip_a_byte(folder: Path, name: str) -> None:
-    content = bytearray((folder / name).read_bytes())
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
+    path.write_bytes(content)
 
 
 def swap_train_and_test(folder: Path) -> None:
@@ -112,29 +116,25 @@ def swap_train_and_test(folder: Path) -> None:
     (folder / "x").rename(folder / "test")
 
 
-def shorten(folder: Path) -> None:
-    os.truncate(folder / "test", 1000)
-
-
-def make_a_folder(folder: Path) -> None:
-    (folder / "train").unlink()
-    (folder / "train").mkdir()
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
 HARM = {
-    "flipped byte in train": (lambda f: flip_a_byte(f, "train"), "train is damaged"),
-    "flipped byte in test": (lambda f: flip_a_byte(f, "test"), "test is damaged"),
-    "flipped byte in meta": (lambda f: flip_a_byte(f, "meta"), "meta is damaged"),
+    "flipped byte in train": (lambda f: flip_a_byte(f / "train"), "train is damaged"),
+    "flipped byte in test": (lambda f: flip_a_byte(f / "test"), "test is damaged"),
+    "flipped byte in meta": (lambda f: flip_a_byte(f / "meta"), "meta is damaged"),
     "swapped": (swap_train_and_test, "train is the test file under a wrong name"),
-    "short": (shorten, "test is damaged (1,000 bytes"),
+    "short": (lambda f: os.truncate(f / "test", 1000), "test is damaged (1,000 bytes"),
     "empty": (lambda f: (f / "meta").write_bytes(b""), "meta is damaged (0 bytes"),
     "missing": (lambda f: (f / "test").unlink(), "test is missing"),
-    "folder": (make_a_folder, "train cannot be read"),
+    "folder": (lambda f: make_a_folder(f / "train"), "train cannot be read"),
 }
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_damaged_file_is_refused_unread_and_kept(harm, tiny_cifar, tmp_path, no_unpickling):
+def test_damaged_file_is_refused_and_kept(harm, tiny_cifar, tmp_path, no_unpickling):
     folder = tiny_cifar.lay(tmp_path)
     damage, reason = HARM[harm]
     damage(folder)
@@ -149,7 +149,7 @@ def test_damaged_file_is_refused_unread_and_kept(harm, tiny_cifar, tmp_path, no_
 
 
 @pytest.mark.parametrize("harm", [name for name in HARM if name != "folder"])
-def test_damaged_file_is_renewed_from_the_archive_beside_it(harm, tiny_cifar, tmp_path):
+def test_damaged_file_is_replaced_from_the_archive_beside_it(harm, tiny_cifar, tmp_path):
     HARM[harm][0](tiny_cifar.lay(tmp_path))
     (tmp_path / "cifar-100-python.tar.gz").write_bytes(tiny_cifar.archive)
     assert len(load_dataset("cifar100", tmp_path).train) == 200
@@ -203,18 +203,12 @@ def test_hostile_pickle_is_never_unpickled(tiny_cifar, tmp_path):
         (folder / name).write_bytes(hostile)
         with pytest.raises(RunError, match=f"{name} is damaged"):
             load_dataset("cifar100", tmp_path / name)
-    archive = tar_gz([(f"cifar-100-python/{name}", hostile) for name in tiny_cifar.members])
-    data = tmp_path / "archived"
-    data.mkdir()
-    (data / "cifar-100-python.tar.gz").write_bytes(archive)
-    with pytest.raises(RunError, match=r"tar\.gz is damaged"):
-        load_dataset("cifar100", data)
     assert not trap.exists()
     pickle.loads(hostile)
     assert trap.exists(), "the trap works"
 
 
-def test_wrong_archive_laid_by_hand_is_refused_and_kept(tiny_cifar, tmp_path, no_unpickling):
+def test_wrong_archive_beside_the_folder_is_refused_and_kept(tiny_cifar, tmp_path, no_unpickling):
     archive = tmp_path / "cifar-100-python.tar.gz"
     flipped = tiny_cifar.archive[:-9] + bytes([tiny_cifar.archive[-9] ^ 1])
     for content in (flipped + tiny_cifar.archive[-8:], tiny_cifar.archive[:-1], b""):
@@ -228,7 +222,7 @@ def test_wrong_archive_laid_by_hand_is_refused_and_kept(tiny_cifar, tmp_path, no
 def test_right_archive_with_wrong_members_is_refused(tiny_cifar, tmp_path, monkeypatch):
     monkeypatch.setitem(dataset.MEMBER_MD5, "meta", "0" * 32)
     (tmp_path / "cifar-100-python.tar.gz").write_bytes(tiny_cifar.archive)
-    with pytest.raises(RunError, match=r"meta is damaged .* is right; is the disk failing"):
+    with pytest.raises(RunError, match=r"meta is damaged .* is intact; is the disk failing"):
         load_dataset("cifar100", tmp_path)
 
 
@@ -266,10 +260,10 @@ LABELS = np.array([0, 1, 2, 99])
 def test_wrong_arrays_are_refused(images, labels, reason):
     with pytest.raises(RunError, match=f"here: .*{reason}"):
         checked_split(images, labels, "here")
-    assert len(checked_split(IMAGES, LABELS, "here")) == 4
 
 
 def test_checked_split_is_contiguous_and_int64():
+    assert len(checked_split(IMAGES, LABELS, "here")) == 4
     planes = np.arange(2 * 3 * 32 * 32).reshape(2, 3, 32, 32).astype(np.uint8)
     split = checked_split(planes.transpose(0, 2, 3, 1), np.array([1, 2], dtype=np.int32), "here")
     assert split.images.flags.c_contiguous and split.labels.dtype == np.int64
@@ -291,14 +285,7 @@ def test_unknown_name_is_a_usage_error_that_lists_the_known(tmp_path):
         load_dataset("cifar10", tmp_path)
 
 
-def test_sources_are_of_the_right_file_and_the_official_one_is_last():
-    assert all(source.startswith("https://") for source in dataset.SOURCES)
-    assert all(source.endswith("/cifar-100-python.tar.gz") for source in dataset.SOURCES)
-    assert "cs.toronto.edu" in dataset.SOURCES[-1]
-    assert len(set(dataset.SOURCES)) == 6
-
-
-def test_sums_equal_those_torchvision_pins():
+def test_md5s_equal_torchvisions():
     from torchvision.datasets import CIFAR100
 
     (train,), (test,) = CIFAR100.train_list, CIFAR100.test_list
@@ -306,6 +293,72 @@ def test_sums_equal_those_torchvision_pins():
     assert pinned == dataset.MEMBER_MD5
     assert CIFAR100.tgz_md5 == dataset.ARCHIVE_MD5
     assert CIFAR100.base_folder == dataset.FOLDER
+
+
+# Subsets and hold-outs
+
+
+def numbered(sizes: dict[int, int]) -> Split:
+    """A split with these class sizes, shuffled; image i holds i in its first two bytes."""
+    labels = np.random.default_rng(5).permutation(np.repeat(list(sizes), list(sizes.values())))
+    images = np.zeros((len(labels), 32, 32, 3), dtype=np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = np.divmod(np.arange(len(labels)), 256)
+    return Split(images, labels)
+
+
+def numbers(split: Split) -> list[int]:
+    return (split.images[:, 0, 0, 0].astype(int) * 256 + split.images[:, 0, 0, 1]).tolist()
+
+
+def counts(split: Split) -> list[int]:
+    return np.bincount(split.labels).tolist()
+
+
+EVEN = numbered(dict.fromkeys(range(10), 30))
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 55, 100, 299, 300])
+def test_subset_is_balanced_and_in_order_with_its_labels(count):
+    subset = balanced_subset(EVEN, count, seed=3)
+    assert len(subset) == len(subset.images) == count
+    per_class = np.bincount(subset.labels, minlength=10)
+    assert per_class.max() - per_class.min() <= (0 if count % 10 == 0 else 1)
+    chosen = numbers(subset)
+    assert chosen == sorted(set(chosen))
+    assert subset.labels.tolist() == EVEN.labels[chosen].tolist()
+    assert subset.images.flags.c_contiguous
+
+
+def test_subset_depends_on_the_seed_alone_and_nests():
+    first = numbers(balanced_subset(EVEN, 50, seed=3))
+    assert first == numbers(balanced_subset(EVEN, 50, seed=3))
+    assert first != numbers(balanced_subset(EVEN, 50, seed=4))
+    assert set(first) < set(numbers(balanced_subset(EVEN, 100, seed=3)))
+    extra = {tuple(counts(balanced_subset(EVEN, 55, seed))) for seed in range(5)}
+    assert len(extra) > 1, "the remainder should not always go to the same classes"
+
+
+def test_other_classes_make_up_for_a_small_one():
+    uneven = numbered({0: 2, 1: 50, 2: 50, 3: 5})
+    assert counts(balanced_subset(uneven, 87, seed=0)) == [2, 40, 40, 5]
+    assert counts(balanced_subset(uneven, 107, seed=0)) == [2, 50, 50, 5]
+
+
+def test_validation_hold_out_takes_each_image_once():
+    train, held_out = train_val_split(EVEN, 50, seed=3)
+    assert counts(held_out) == [5] * 10 and counts(train) == [25] * 10
+    assert sorted(numbers(train) + numbers(held_out)) == list(range(300))
+    assert numbers(train) == sorted(numbers(train))
+    assert train.labels.tolist() == EVEN.labels[numbers(train)].tolist()
+
+
+@pytest.mark.parametrize("count", [0, -1, 301])
+def test_impossible_count_is_a_usage_error(count):
+    for function in (balanced_subset, train_val_split):
+        with pytest.raises(UsageError, match=f"cannot take {count} of 300 images"):
+            function(EVEN, count, seed=0)
+    with pytest.raises(UsageError, match="leaves none"):
+        train_val_split(EVEN, 300, seed=0)
 
 
 @pytest.mark.real_data
@@ -320,10 +373,9 @@ def test_real_data_and_the_constants_of_its_pixels(real_data_dir):
     # Exact sums of 8-bit values: from the histogram of each channel.
     values = np.arange(256) / 255
     for channel, (mean, std) in enumerate(zip(dataset.CIFAR100_MEAN, dataset.CIFAR100_STD, strict=True)):
-        share = np.bincount(data.train.images[..., channel].ravel(), minlength=256)
-        share = share / share.sum()
-        true_mean = (share * values).sum()
-        true_std = (share * (values - true_mean) ** 2).sum() ** 0.5
+        counts = np.bincount(data.train.images[..., channel].ravel(), minlength=256)
+        true_mean = np.average(values, weights=counts)
+        true_std = np.average((values - true_mean) ** 2, weights=counts) ** 0.5
         exact = [(0.5071, 0.2673), (0.4865, 0.2564), (0.4409, 0.2762)][channel]
         assert (round(true_mean, 4), round(true_std, 4)) == exact
         assert abs(true_mean - mean) < 2e-4 and abs(true_std - std) < 2e-4

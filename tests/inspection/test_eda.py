@@ -30,7 +30,7 @@ def unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(name: str, _data_dir: object) -> ImageData:
         if name == "cifar100":
-            raise DatasetUnavailable("no source", [])
+            raise DatasetUnavailable("no source")
         return ImageData(name, split, split, names, names[:20], np.arange(100) // 5)
 
     monkeypatch.setattr(eda, "load_dataset", load)
