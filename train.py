@@ -113,7 +113,7 @@ def train(
     RunFiles(folder, settings.name or DEFAULT_NAME).prepare()
     set_up_torch(recipe.seed, device, deterministic=settings.deterministic)
 
-    data, recipe = load_data(recipe, settings, may_ask=saved is None)
+    data, recipe = load_data(recipe, settings)
     train_split, test_split, val_split = make_splits(data, recipe)
     files = choose_files(recipe, settings, folder, saved)
     with lock_run(files, resumed=saved is not None):
@@ -122,9 +122,7 @@ def train(
         model = model.to(device, memory_format=torch.channels_last)
         files.check_space(sum(value.nbytes for value in model.state_dict().values()))
         log_header(recipe, model, device, images=(len(train_split), len(test_split)))
-        teacher = load_teacher(
-            recipe, data, device, files
-        )  # before the questions: a missing one costs nothing
+        teacher = load_teacher(recipe, data, device, files)  # early: a missing one must cost nothing
         train_loader = make_train_loader(
             train_split,
             batch_size=recipe.batch_size,
@@ -257,7 +255,7 @@ def choose_recipe(given: dict[str, Any], saved: SavedRun | None, device: torch.d
     return recipe
 
 
-def load_data(recipe: Recipe, settings: Settings, *, may_ask: bool) -> tuple[ImageData, Recipe]:
+def load_data(recipe: Recipe, settings: Settings) -> tuple[ImageData, Recipe]:
     """The images; where CIFAR-100 is unavailable, a person at a terminal is offered the synthetic set.
 
     The main process downloads; the others wait for it and read what it wrote.
@@ -270,7 +268,7 @@ def load_data(recipe: Recipe, settings: Settings, *, may_ask: bool) -> tuple[Ima
         try:
             data = load_dataset(dataset, settings.data_dir, url=settings.data_url)
         except DatasetUnavailable as error:
-            if settings.yes or not may_ask or not is_interactive():
+            if settings.yes or settings.resume is not None or not is_interactive():
                 raise
             print(error)
             if not ask_yes_no("Train on the built-in synthetic images instead? (y/n, default: y): "):
