@@ -9,11 +9,10 @@ import torch
 
 from core.cli import whole_number
 from core.errors import UsageError
-from core.machine import choose_compile, choose_device, native_bf16
+from core.machine import choose_compile, choose_device, choose_workers, native_bf16
 from model import MODELS
 from training.flags import Parser, add_data_folder
 from training.recipe import Recipe
-from utils import choose_workers
 
 # An epoch of CIFAR-100 trains on 50,000 images and tests on 10,000; a measured one keeps the proportion.
 EPOCH_IMAGES, TRAIN_PER_TEST = 50_000, 5

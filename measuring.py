@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.cores import usable_cores
-from core.machine import device_name
+from core.machine import device_name, usable_cores
 
 # (images, channels, pixels a side) of the 3x3 convolutions whose best counts as the convolution peak:
 # ResNet-56's own three shapes, and two that are easier on caches and registers.

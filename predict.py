@@ -26,9 +26,8 @@ import torch
 from tqdm import tqdm
 
 from core.cli import progress_bar, run_main, whole_number
-from core.cores import usable_cores
 from core.errors import RunError, UsageError, printable
-from core.machine import autocast, choose_device, set_up_torch
+from core.machine import autocast, choose_device, set_up_torch, usable_cores
 from image_files import Found, Picture, find_images, lines_of, read_image
 from inspection.evaluation_plots import plot_prediction
 from training.flags import Parser, add_processor, add_weights

@@ -26,8 +26,16 @@ from cifar.dataset import ImageData, Split, balanced_subset, train_val_split
 from core import distributed
 from core.cli import LOG, Interrupts, run_main, shell_command, start_log
 from core.errors import RunError, UsageError
-from core.files import RunLock, remove_temporary_files
-from core.machine import choose_compile, choose_device, device_name, native_bf16, precision_name, set_up_torch
+from core.files import remove_temporary_files, run_lock
+from core.machine import (
+    choose_compile,
+    choose_device,
+    choose_workers,
+    device_name,
+    native_bf16,
+    precision_name,
+    set_up_torch,
+)
 from dialogue import answer_questions, choose_files, load_data, resume_command
 from model import build_model, count_parameters
 from training import checkpoint as ckpt
@@ -39,7 +47,7 @@ from training.run import Interrupted, Run
 from training.run_files import RunFiles
 from training.techniques import build_techniques
 from training.tensorboard_log import TensorBoard
-from utils import choose_workers, make_test_batches, make_train_loader
+from utils import make_test_batches, make_train_loader
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +73,7 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
     if state is not None and is_finished(state, source, recipe.epochs):
         return 0
     folder = args.output_dir or (source.parent if source else Path("output"))
-    distributed.start(device)
+    distributed.start(device, sync_bn=args.sync_bn)
     if distributed.is_main():
         RunFiles(folder, args.name or DEFAULT_NAME).prepare()
     set_up_torch(recipe.seed, device, deterministic=args.deterministic)
@@ -73,10 +81,9 @@ def train(args: argparse.Namespace, interrupts: Interrupts) -> int:
     data, recipe = load_data(args, recipe)
     train_split, test_split, val_split = splits(data, recipe)
     files = choose_files(args, recipe, folder, state, source)
-    with RunLock(files.path(".lock")) if distributed.is_main() else contextlib.nullcontext():
+    with run_lock(files.path(".lock")) if distributed.is_main() else contextlib.nullcontext():
         if distributed.is_main():
-            for part in ("_", ".lock."):
-                remove_temporary_files(files.folder, files.name + part)
+            remove_temporary_files(files.folder, files.name + "_")
             if state is not None:
                 files.put_damaged_aside()
         start_log(files.path("_log.txt"))

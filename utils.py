@@ -25,13 +25,11 @@ from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
 from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
-from core.cores import choose_workers
 from core.errors import UsageError
 from core.machine import autocast
 from lr_suggestion import LRFinderResult, smooth, suggest_lr
 
 __all__ = [
-    "choose_workers",
     "find_lr",
     "make_test_batches",
     "make_train_loader",

@@ -1,7 +1,6 @@
 """Loaders: the order of images, independent and repeatable draws, ranks, resuming, normalisation."""
 
 import itertools
-import math
 import os
 import random
 import signal
@@ -19,7 +18,6 @@ from torch.utils.data import get_worker_info
 
 import utils
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
-from core import cores
 from core.errors import UsageError
 
 COUNT, BATCH = 70, 16  # five batches, the last one of six
@@ -292,43 +290,3 @@ def test_test_batches_are_the_split_in_order_normalised_once(split):
     torch.testing.assert_close(torch.cat([images for images, _ in batches]), whole)
     batches[0][1].fill_(-1)  # a copy: the split's labels stay
     assert split.labels.min() == 0
-
-
-# Cores
-
-
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({"cpu.max": "250000 100000\n"}, 2.5),
-        ({"cpu.max": "max 100000\n"}, math.inf),
-        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
-        ({}, math.inf),
-    ],
-)
-def test_the_containers_quota_is_read(tmp_path, files, quota):
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert cores._cgroup_cores(tmp_path) == quota
-
-
-def test_cores_are_bounded_by_affinity_and_quota(monkeypatch):
-    monkeypatch.delattr(os, "process_cpu_count", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    for quota, expected in ((math.inf, 6), (2.5, 2), (0.5, 1), (64, 6)):
-        monkeypatch.setattr(cores, "_cgroup_cores", lambda _, quota=quota: quota)
-        assert cores.usable_cores() == expected
-
-
-def test_workers_follow_device_and_cores(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(cores, "usable_cores", lambda: 8)
-    assert (cores.choose_workers("cuda"), cores.choose_workers("cpu")) == (7, 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # four processes of one machine share its cores
-    assert (cores.choose_workers("cuda"), cores.choose_workers("cpu")) == (1, 0)
-    monkeypatch.setattr(cores, "usable_cores", lambda: 256)
-    assert cores.choose_workers("cuda") == cores.MAX_WORKERS
-    monkeypatch.setattr(cores, "usable_cores", lambda: 1)
-    assert cores.choose_workers("cuda") == 0
