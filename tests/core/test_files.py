@@ -98,22 +98,6 @@ def test_a_path_that_cannot_be_written_is_one_line_that_names_it(tmp_path: Path,
 
 
 @POSIX_ONLY
-def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "state").write_text("old")
-    folder.chmod(0o500)
-    try:
-        if os.access(folder, os.W_OK):
-            pytest.skip("this user may write read-only folders (root)")
-        with pytest.raises(RunError, match="Permission denied"):
-            atomic_write_text(folder / "state", "new")
-    finally:
-        folder.chmod(0o700)
-    assert (folder / "state").read_text() == "old"
-
-
-@POSIX_ONLY
 def test_a_file_size_limit_is_an_error_and_the_old_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "state"
     path.write_text("old")
@@ -131,25 +115,6 @@ except RunError as error:
     assert "cannot write" in out and "File too large" in out and err == ""
     assert path.read_text() == "old"
     assert entries(tmp_path) == ["state"]
-
-
-@POSIX_ONLY
-def test_a_full_disk_is_an_error_and_the_old_file_stays(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True
-    ).returncode
-    if mounted != 0:
-        pytest.skip("this user may not mount a tmpfs")
-    try:
-        (disk / "state").write_text("old")
-        with pytest.raises(RunError, match="No space left"):
-            atomic_write_text(disk / "state", "x" * 200_000)
-        assert (disk / "state").read_text() == "old"
-        assert entries(disk) == ["state"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @POSIX_ONLY
@@ -180,7 +145,7 @@ with atomic_write(sys.argv[1]) as file:
 
 @POSIX_ONLY
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
-    """A process that rewrites a file without a pause is killed at several moments, and read meanwhile."""
+    """While a process rewrites the file without a pause."""
     path = tmp_path / "state"
     code = """
 import itertools, sys
@@ -191,18 +156,15 @@ for number in itertools.count():
             file.write(bytes([number % 256]) * 1000)
             file.flush()
 """
-    for delay in (0.0, 0.013, 0.05):
-        process = python(code, path)
-        while not path.exists():
-            time.sleep(0.005)
-        stop = time.monotonic() + 0.1 + delay
-        while time.monotonic() < stop:
-            content = path.read_bytes()
-            assert len(content) == 50_000 and len(set(content)) == 1
-        process.kill()
-        process.communicate(timeout=10)
+    process = python(code, path)
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    for _ in range(300):
         content = path.read_bytes()
         assert len(content) == 50_000 and len(set(content)) == 1
+    process.kill()
+    process.communicate(timeout=10)
 
 
 # ---- the lock ----
