@@ -31,7 +31,6 @@ import torch.nn.functional as F
 
 from cifar.dataset import DatasetUnavailable, Split, load_dataset
 from core.cli import Parser, add_data_folder, progress_bar, run_main, whole_number
-from core.cores import usable_cores
 from core.errors import RunError, UsageError
 from core.files import atomic_write_text
 from core.machine import (
@@ -41,6 +40,7 @@ from core.machine import (
     native_bf16,
     precision_name,
     set_up_torch,
+    usable_cores,
 )
 from inspection.plain_recipe import images_per_s
 from model import MODELS, build_model, count_macs

@@ -29,9 +29,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from core.cli import Parser, add_processor, add_weights, progress_bar, run_main, whole_number
-from core.cores import usable_cores
 from core.errors import RunError, UsageError, printable
-from core.machine import autocast, choose_device, set_up_torch
+from core.machine import autocast, choose_device, set_up_torch, usable_cores
 from inspection.evaluation_plots import plot_prediction
 from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize

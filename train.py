@@ -42,11 +42,11 @@ from core.cli import (
     start_log,
     whole_number,
 )
-from core.cores import choose_workers
 from core.errors import RunError, UsageError
 from core.machine import (
     choose_compile,
     choose_device,
+    choose_workers,
     code_version,
     device_name,
     native_bf16,

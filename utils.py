@@ -27,12 +27,10 @@ from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
 from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
-from core.cores import choose_workers
 from core.errors import UsageError
 from core.machine import autocast
 
 __all__ = [
-    "choose_workers",
     "find_lr",
     "make_test_batches",
     "make_train_loader",

@@ -1,4 +1,4 @@
-"""What the scripts share at the command line: questions, flag types, the log, errors as one line."""
+"""The command line of every script: questions, flag types, signals, the log, errors in one line."""
 
 import argparse
 import contextlib
@@ -22,28 +22,26 @@ from core.errors import RunError, UsageError, printable
 
 T = TypeVar("T")
 LOG = logging.getLogger("cifar100")
-# A question ends, whatever is piped into it: so many characters are read as one answer, so many wrong
-# answers are taken.
+# Limits on the characters of one answer and on wrong answers: a question ends whatever is piped into it.
 MAX_ANSWER = 4096
 MAX_ATTEMPTS = 100
-# How long other processes than the main one wait before they print an error.
+# How long ranks other than 0 wait before they print an error.
 ERROR_DELAY_S = 2.0
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16")
 
 
 def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> T:
-    """Ask `question` on standard input until `parse` takes the answer; an empty answer means `default`.
+    """Ask `question` on standard input until `parse` accepts the answer; an empty answer means `default`.
 
-    Works for a terminal and for a pipe, where the answer is echoed so that the log reads well. The end
-    of input takes the default and says so. A wrong answer (parse raises ValueError) is explained.
+    Works at a terminal and from a pipe, where the answer is echoed to keep the log readable. At the end of
+    input the default is used, and announced as `shown`. A wrong answer, for which `parse` raises ValueError,
+    is explained. Only rank 0 asks; every rank gets its answer.
 
     Raises:
         UsageError: MAX_ATTEMPTS answers were wrong.
     """
-    if not distributed.is_main():
-        return distributed.broadcast_object(None)
-    answer = _ask_here(question, default, parse, shown)
+    answer = _ask_here(question, default, parse, shown) if distributed.is_main() else None
     return distributed.broadcast_object(answer)
 
 
@@ -52,7 +50,7 @@ def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) 
     for _ in range(MAX_ATTEMPTS):
         try:
             text = _read_line(question, interactive)
-        except (EOFError, RuntimeError, OSError, ValueError):  # closed, or never there
+        except (EOFError, RuntimeError, OSError, ValueError):  # closed, or absent
             print(f"\nNo answer: taking the default, {shown}.", flush=True)
             return default
         if not interactive:
@@ -68,7 +66,7 @@ def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) 
 
 
 def _read_line(question: str, interactive: bool) -> str:
-    """One line of standard input; from a pipe, of at most MAX_ANSWER characters.
+    """One line of standard input; from a pipe, at most MAX_ANSWER characters.
 
     Raises:
         EOFError, RuntimeError, OSError, ValueError: there is no input, or no more of it.
@@ -84,32 +82,30 @@ def _read_line(question: str, interactive: bool) -> str:
 
 
 def _tolerate(stream: object, errors: str) -> None:
-    """Let bytes that are not text, or text that the stream's encoding lacks, through in another form."""
-    if getattr(stream, "errors", errors) != errors and hasattr(stream, "reconfigure"):
-        with contextlib.suppress(OSError, ValueError):  # closed, or read from already
+    """Replace or escape what the stream's encoding cannot represent, where it would raise an error."""
+    if getattr(stream, "errors", errors) != errors:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # no text layer, closed, or read from
             stream.reconfigure(errors=errors)
 
 
 def ask_yes_no(question: str, default: bool = True) -> bool:
-    """Ask a y/n question; `question` is shown as it is."""
+    """Ask a yes-or-no question, as `ask` does."""
 
     def parse(text: str) -> bool:
-        if text.lower() in ("y", "yes"):
-            return True
-        if text.lower() in ("n", "no"):
-            return False
-        raise ValueError(f"Please answer y or n, not {printable(text, 40)!r}.")
+        if text.lower() not in ("y", "yes", "n", "no"):
+            raise ValueError(f"Please answer y or n, not {printable(text, 40)!r}.")
+        return text.lower() in ("y", "yes")
 
     return ask(question, default, parse, shown="y" if default else "n")
 
 
 def shell_command(words: Sequence[str]) -> str:
-    """`words` as one line to paste into a shell: a POSIX one, or on Windows cmd.exe."""
+    """`words` quoted as one line for a POSIX shell, or on Windows for cmd.exe."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def is_interactive() -> bool:
-    """Whether a person sits at standard input."""
+    """Whether standard input is a terminal."""
     return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
 
 
@@ -143,7 +139,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def as_answer(parse: Callable[[str], T], what: str) -> Callable[[str], T]:
-    """A flag type as the parser of a question: the same bounds, a sentence instead of a usage error."""
+    """Turn a flag type into a `parse` for `ask`: the same bounds, and errors that begin with `what`."""
 
     def parse_answer(text: str) -> T:
         try:
@@ -224,10 +220,10 @@ def add_processor(group: argparse._ActionsContainer) -> None:
 
 
 class Interrupts:
-    """SIGINT and SIGTERM as a flag that loops read between two batches.
+    """SIGINT and SIGTERM, recorded so that a loop can stop between two batches.
 
-    While `busy` is false there is nothing to save, and the first signal ends the program at once; while
-    it is true the first one only sets `signal_number`, and the second one ends the program at once.
+    While `busy` is true, the first signal only sets `signal_number`; while it is false there is nothing to
+    save, and the first signal raises KeyboardInterrupt. A second signal always ends the program at once.
     """
 
     def __init__(self) -> None:
@@ -236,19 +232,19 @@ class Interrupts:
 
     def _handle(self, number: int, frame: object) -> None:
         if self.signal_number is not None:
-            os._exit(128 + number)  # asked twice: no clean-up that could hang
+            os._exit(128 + number)  # no clean-up, which could hang
         self.signal_number = number
         if not self.busy:
             raise KeyboardInterrupt
         if not distributed.is_main():
             return
-        # `2>&1 | tee` dies of the same Ctrl-C: a broken pipe must not keep the state from being saved
+        # Ctrl-C also ends the tee in `2>&1 | tee`; a broken pipe must not prevent the state from being saved
         with contextlib.suppress(OSError):
             os.write(2, b"\nInterrupted: saving after this batch (once more to quit at once).\n")
 
     @contextlib.contextmanager
     def caught(self) -> Iterator["Interrupts"]:
-        """Handle both signals in the block; the earlier handlers come back after it."""
+        """Handle both signals within the block, then restore the earlier handlers."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         earlier = {number: signal.signal(number, self._handle) for number in numbers}
         try:
@@ -264,14 +260,15 @@ class Interrupts:
 
 
 def run_main(main: Callable[[], int], program: str) -> int:
-    """Run a script's `main`: known errors become one line on standard error and an exit code."""
-    _tolerate(sys.stdout, "backslashreplace")  # a path may hold what standard output cannot encode
+    """Run a script's `main` and return its exit code; a known error becomes one line on standard error."""
+    _tolerate(sys.stdout, "backslashreplace")  # a path may contain what standard output cannot encode
     try:
         return main()
     except (RunError, UsageError) as error:
-        if not distributed.is_main():
-            # most often the main process met the same error: torchrun then ends this one before it repeats it
-            time.sleep(ERROR_DELAY_S)
+        with contextlib.suppress(UsageError):  # the error may be that this process's rank is unknown
+            if not distributed.is_main():
+                # rank 0 most often has the same error; torchrun then ends this process before it repeats it
+                time.sleep(ERROR_DELAY_S)
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
@@ -283,7 +280,7 @@ def run_main(main: Callable[[], int], program: str) -> int:
         print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:
-        # the reader went away (`| head`); keep Python from complaining while it shuts down
+        # the reader has gone (`| head`); Python would complain when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
@@ -291,7 +288,7 @@ def run_main(main: Callable[[], int], program: str) -> int:
 
 
 class _TqdmHandler(logging.Handler):
-    """Lines to standard output that do not tear a progress bar on standard error."""
+    """Writes lines to standard output without breaking a progress bar on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stdout is not None:  # closed by the shell: >&-
@@ -299,17 +296,13 @@ class _TqdmHandler(logging.Handler):
             sys.stdout.flush()
 
 
-class _LogFile(logging.FileHandler):
-    """The log on disk; on a full disk it falls silent, and the next checkpoint says what happened."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Instead of a traceback for each line."""
-
-
 def start_log(path: Path | None) -> None:
-    """Send LOG to standard output and, where a path is given, to the end of that file.
+    """Send LOG to standard output and, if a path is given, append it to that file.
 
-    Processes other than the main one say nothing but errors.
+    Ranks other than 0 log errors only, and to standard output alone.
+
+    Raises:
+        RunError: the file cannot be written.
     """
     for handler in list(LOG.handlers):
         LOG.removeHandler(handler)
@@ -319,12 +312,14 @@ def start_log(path: Path | None) -> None:
     LOG.addHandler(_TqdmHandler())
     if path is not None and distributed.is_main():
         try:
-            LOG.addHandler(_LogFile(path, encoding="utf-8", errors="backslashreplace"))
+            file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+        file.handleError = lambda _: None  # a full disk: the next checkpoint reports it, not each line
+        LOG.addHandler(file)
 
 
 def progress_bar(**options: object) -> tqdm:
-    """A tqdm bar on standard error: none without a terminal, none on other ranks than the main one."""
+    """A tqdm bar on standard error; disabled without a terminal and on ranks other than 0."""
     quiet = sys.stderr is None or not sys.stderr.isatty() or not distributed.is_main()
     return tqdm(disable=quiet, dynamic_ncols=True, leave=False, **options)

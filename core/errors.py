@@ -1,4 +1,4 @@
-"""The two kinds of error that a person sees as one line, the exit code of each, and text fit for a line."""
+"""The two errors that are reported as one line, with their exit codes, and text that fits into a line."""
 
 
 class RunError(RuntimeError):
@@ -8,12 +8,12 @@ class RunError(RuntimeError):
 
 
 class UsageError(ValueError):
-    """The command, a flag or an argument is wrong: one line that says what to do, exit code 2."""
+    """A command, flag or argument is wrong: one line that says what to do, exit code 2."""
 
     exit_code = 2
 
 
 def printable(text: object, length: int = 200) -> str:
-    """`text` without control characters and not longer than `length`, to be shown in a message."""
+    """`text` for a message: each unprintable character as "?", cut after `length` characters."""
     clean = "".join(c if c.isprintable() else "?" for c in str(text))
     return clean if len(clean) <= length else clean[:length] + "..."

@@ -17,7 +17,7 @@ from torch import nn
 from core import distributed
 from core.cli import LOG, Interrupts, ask_yes_no, is_interactive, plain_name
 from core.errors import RunError
-from core.files import RunLock, atomic_write_text, remove_temporary_files
+from core.files import atomic_write_text, remove_temporary_files, run_lock
 from core.machine import versions
 from training import checkpoint as ckpt
 from training.engine import Metrics, RunningTotals, TrainStep
@@ -291,9 +291,8 @@ def lock_run(files: RunFiles, *, resumed: bool) -> Iterator[None]:
     if not distributed.is_main():
         yield
         return
-    with RunLock(files.path(".lock")):
-        for part in ("_", ".lock."):
-            remove_temporary_files(files.folder, files.name + part)
+    with run_lock(files.path(".lock")):
+        remove_temporary_files(files.folder, f"{files.name}_")
         if resumed:
             files.move_damaged_aside()
         yield

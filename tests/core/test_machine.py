@@ -1,4 +1,4 @@
-"""The choice of device, precision and compilation, the seeding of torch, the versions that a run names."""
+"""The choice of device, precision, compilation and workers, torch's settings, the versions that a run names."""
 
 import builtins
 import io
@@ -9,18 +9,20 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from core import cores
-from core import machine as device
+from core import machine
 from core.errors import UsageError
 from core.machine import (
+    MAX_WORKERS,
     choose_compile,
     choose_device,
+    choose_workers,
     code_version,
     device_name,
     native_bf16,
@@ -29,51 +31,45 @@ from core.machine import (
     versions,
 )
 
-REPOSITORY = Path(device.__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> "Machine":
-    return Machine(monkeypatch)
+def devices(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes torch see `cuda` CUDA devices, and MPS or not."""
+
+    def devices(cuda: int = 0, mps: bool = False, local_rank: int = 0) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+    return devices
 
 
-class Machine:
-    """Makes torch see so many CUDA devices, and MPS or none."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
-
-    def __call__(self, cuda: int = 0, mps: bool = False, local_rank: int = 0) -> None:
-        self.monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
-        self.monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
-        self.monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        self.monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-
-
-def test_auto_takes_cuda_then_mps_then_the_cpu(machine: Machine) -> None:
-    machine()
+def test_auto_means_cuda_then_mps_then_the_cpu(devices: Callable[..., None]) -> None:
+    devices()
     assert choose_device("auto") == CPU
-    machine(mps=True)
+    devices(mps=True)
     assert choose_device("auto") == torch.device("mps")
-    machine(cuda=2, mps=True)
+    devices(cuda=2, mps=True)
     assert choose_device("auto") == torch.device("cuda", 0)
     assert choose_device("cpu") == CPU
     assert choose_device("mps") == torch.device("mps")
 
 
-def test_each_process_takes_a_cuda_device_of_its_own(machine: Machine) -> None:
-    machine(cuda=2, local_rank=1)
+def test_each_process_has_a_cuda_device_of_its_own(devices: Callable[..., None]) -> None:
+    devices(cuda=2, local_rank=1)
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
-    machine(cuda=2, local_rank=2)
+    devices(cuda=2, local_rank=2)
     with pytest.raises(UsageError, match=r"sees 2 CUDA devices, and this is process 3; pass --device cpu"):
         choose_device("auto")
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_a_usage_error(machine: Machine, name: str) -> None:
-    machine()
+def test_a_device_that_is_not_available_is_a_usage_error(devices: Callable[..., None], name: str) -> None:
+    devices()
     with pytest.raises(UsageError, match=f"--device {name}: torch sees .*pass --device cpu") as caught:
         choose_device(name)
     assert "\n" not in str(caught.value)
@@ -102,7 +98,7 @@ def test_bf16_is_native_where_the_processor_says_so(
 
     monkeypatch.setattr(builtins, "open", fake_open)
     result = native_bf16(CPU)
-    monkeypatch.undo()
+    monkeypatch.undo()  # pytest opens files too
     assert result is native
 
 
@@ -113,10 +109,14 @@ def test_bf16_on_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, in
     assert native_bf16(torch.device("mps")) is False
 
 
-def test_names_for_people_tell_tf32_from_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_names_tell_tf32_from_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    assert [device_name(where) for where in (gpu, CPU, torch.device("mps"))] == ["GPU 0", "cpu", "mps"]
+    assert [device_name(where) for where in (gpu, CPU, torch.device("mps"))] == [
+        "GPU 0",
+        "cpu",
+        "mps",
+    ]
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     for capability, expected in (((7, 5), "fp32"), ((8, 0), "fp32 (TF32)"), ((9, 0), "fp32 (TF32)")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
@@ -127,7 +127,7 @@ def test_names_for_people_tell_tf32_from_fp32(monkeypatch: pytest.MonkeyPatch) -
     assert precision_name("fp32", gpu) == "fp32"
 
 
-def test_the_network_is_compiled_where_a_run_is_long_enough_to_gain() -> None:
+def test_the_network_is_compiled_where_a_run_is_long_enough() -> None:
     cuda = torch.device("cuda", 0)
     assert choose_compile("on", CPU, "fp32", 1, None) == (True, "--compile on")
     assert choose_compile("off", cuda, "bf16", 10**9, True) == (False, "--compile off")
@@ -135,7 +135,7 @@ def test_the_network_is_compiled_where_a_run_is_long_enough_to_gain() -> None:
     assert choose_compile("auto", cuda, "bf16", 10**9, None)[0] is True
     compiles, why = choose_compile("auto", cuda, "bf16", 256, None)
     assert not compiles and "256 images" in why
-    # a resumed run goes on as it began
+    # a resumed run keeps its choice
     for stored in (True, False):
         assert choose_compile("auto", cuda, "bf16", 256, stored)[0] is stored
         assert choose_compile("auto", CPU, "fp32", 10**9, stored)[0] is stored
@@ -151,18 +151,19 @@ def test_one_seed_seeds_every_generator() -> None:
 
 
 FAULTS = """
-import resource, sys, torch, device
+import resource, sys, torch
+from core.machine import keep_freed_memory
 if sys.argv[1] == "keep":
-    assert device.keep_freed_memory()
+    assert keep_freed_memory()
 for step in range(30):
-    if step == 20:  # the heap has its size by then
+    if step == 20:  # the heap has reached its size
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(48 << 20, dtype=torch.uint8)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is meant")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for the allocator of glibc")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     def faults(how: str) -> int:
         command = [sys.executable, "-c", FAULTS, how]
@@ -172,14 +173,14 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     assert faults("keep") < 100 < 1000 < faults("as it is")  # 10 times 48 MiB are 122,880 pages
 
 
-def test_determinism_is_switched_on_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_determinism_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "kept")
     try:
         set_up_torch(0, CPU, deterministic=False)
         assert not torch.are_deterministic_algorithms_enabled()
         set_up_torch(0, CPU, deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
-        assert device.os.environ["CUBLAS_WORKSPACE_CONFIG"] == "kept"
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == "kept"
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -202,7 +203,7 @@ def test_the_code_version_is_the_commit_of_its_own_repository(
     code = tmp_path / "core" / "machine.py"
     code.parent.mkdir()
     code.write_text("1\n")
-    monkeypatch.setattr(device, "__file__", str(code))
+    monkeypatch.setattr(machine, "__file__", str(code))
     assert version() == "unknown"
     git("init", "-q")
     git("add", ".")
@@ -212,14 +213,11 @@ def test_the_code_version_is_the_commit_of_its_own_repository(
     code.write_text("2\n")
     assert version() == f"{head}-dirty"
     # a copy within another repository is not that repository's code
-    monkeypatch.setattr(device, "__file__", str(tmp_path / "copy" / "core" / "machine.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "copy" / "core" / "machine.py"))
     (tmp_path / "copy").mkdir()
     assert version() == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert version() == "unknown"
-
-
-# ---- cores ----
 
 
 @pytest.mark.parametrize(
@@ -232,28 +230,33 @@ def test_the_code_version_is_the_commit_of_its_own_repository(
         ({}, math.inf),
     ],
 )
-def test_the_containers_quota_is_read(tmp_path, files, quota):
+def test_the_containers_quota_is_read(tmp_path: Path, files: dict[str, str], quota: float) -> None:
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert cores._cgroup_cores(tmp_path) == quota
+    assert machine._cgroup_cores(tmp_path) == quota
 
 
-def test_cores_are_bounded_by_affinity_and_quota(monkeypatch):
-    monkeypatch.delattr(os, "process_cpu_count", raising=False)
+def test_cores_are_bounded_by_affinity_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     for quota, expected in ((math.inf, 6), (2.5, 2), (0.5, 1), (64, 6)):
-        monkeypatch.setattr(cores, "_cgroup_cores", lambda _, quota=quota: quota)
-        assert cores.usable_cores() == expected
+        monkeypatch.setattr(machine, "_cgroup_cores", lambda _, quota=quota: quota)
+        assert machine.usable_cores() == expected
 
 
-def test_workers_follow_device_and_cores(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(cores, "usable_cores", lambda: 8)
-    assert (cores.choose_workers("cuda"), cores.choose_workers("cpu")) == (7, 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # four processes of one machine share its cores
-    assert (cores.choose_workers("cuda"), cores.choose_workers("cpu")) == (1, 0)
-    monkeypatch.setattr(cores, "usable_cores", lambda: 256)
-    assert cores.choose_workers("cuda") == cores.MAX_WORKERS
-    monkeypatch.setattr(cores, "usable_cores", lambda: 1)
-    assert cores.choose_workers("cuda") == 0
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [
+        (8, "1", (7, 1)),
+        (8, "4", (1, 0)),
+        (256, "1", (MAX_WORKERS, 1)),
+        (1, "1", (0, 0)),
+        (1, "4", (0, 0)),
+    ],
+)
+def test_workers_follow_device_and_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: str, workers: tuple[int, int]
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)  # the processes of one machine share its cores
+    monkeypatch.setattr(machine, "usable_cores", lambda: cores)
+    assert (choose_workers("cuda"), choose_workers("cpu")) == workers

@@ -14,11 +14,16 @@ CLASSES = 10
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def small_net(device: str = "cpu") -> nn.Module:
-    """A stand-in for a ResNet: convolution, BatchNorm, linear; its weights are always the same."""
+def small_net(device: str = "cpu", *, norm: bool = True) -> nn.Module:
+    """A stand-in for a ResNet: convolution, BatchNorm if `norm`, linear; its weights are always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+        layers = [
+            nn.Conv2d(3, 8, 3, stride=4),
+            nn.BatchNorm2d(8) if norm else nn.Identity(),
+            nn.ReLU(),
+            nn.Flatten(),
+        ]
         model = nn.Sequential(*layers, nn.Linear(8 * 8 * 8, CLASSES))
     return model.to(device, memory_format=torch.channels_last)
 
