@@ -1,4 +1,4 @@
-"""The choice of device, precision, compilation and workers, torch's settings, the versions that a run names."""
+"""The choice of device, precision, compilation and workers; torch's settings; versions."""
 
 import builtins
 import io
