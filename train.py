@@ -108,7 +108,7 @@ def train(
     Args:
         saved: the state to resume from; None for a new run.
     """
-    distributed.start(device)
+    distributed.start(device, sync_bn=settings.sync_bn)
     folder = settings.output_dir or (saved.path.parent if saved else Path("output"))
     RunFiles(folder, settings.name or DEFAULT_NAME).prepare()
     set_up_torch(recipe.seed, device, deterministic=settings.deterministic)

@@ -146,5 +146,5 @@ def build_parser() -> Parser:
         help="torch.compile the network; auto: where the run is long enough to gain (default: auto)",
     )
     flag("--deterministic", action="store_true", help="use deterministic CUDA kernels")
-    flag("--sync-bn", action="store_true", help="with torchrun: BatchNorm over the whole batch")
+    flag("--sync-bn", action="store_true", help="with torchrun on GPUs: BatchNorm over the whole batch")
     return parser
