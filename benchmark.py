@@ -36,6 +36,7 @@ from core.files import atomic_write_text
 from core.machine import (
     choose_compile,
     choose_device,
+    choose_workers,
     device_name,
     native_bf16,
     precision_name,
@@ -46,7 +47,7 @@ from inspection.plain_recipe import images_per_s
 from model import MODELS, build_model, count_macs
 from training.engine import RunningTotals, TrainStep, evaluate, train_one_epoch
 from training.recipe import Recipe
-from utils import choose_workers, make_test_batches, make_train_loader
+from utils import make_test_batches, make_train_loader
 
 PLAIN_RECIPE = Path(__file__).resolve().parent / "inspection" / "plain_recipe.py"
 EXIT_TIMEOUT_S = 5.0  # for the plain recipe's process, before it is killed
