@@ -49,30 +49,13 @@ class RunFiles:
         """The run's file with that ending, for example `_last.pth`."""
         return self.folder / f"{self.name}{ending}"
 
-    @property
-    def last(self) -> Path:
-        """The state to resume from."""
-        return self.path("_last.pth")
-
-    @property
-    def previous(self) -> Path:
-        """The state before the last one, used where the last one is damaged."""
-        return self.path("_last.prev.pth")
-
-    @property
-    def damaged(self) -> Path:
-        """Where a damaged last state is moved to."""
-        return self.path("_last.damaged.pth")
-
-    @property
-    def best(self) -> Path:
-        """The weights of the best epoch so far."""
-        return self.path("_best.pth")
-
-    @property
-    def results(self) -> Path:
-        """What a finished run leaves: best weights, history, recipe, versions."""
-        return self.path("_training_results.pth")
+    # The state to resume from, the one before it (used where the last one is damaged), and a damaged one
+    # that was moved aside; the weights of the best epoch so far; what a finished run leaves.
+    last = property(lambda self: self.path("_last.pth"))
+    previous = property(lambda self: self.path("_last.prev.pth"))
+    damaged = property(lambda self: self.path("_last.damaged.pth"))
+    best = property(lambda self: self.path("_best.pth"))
+    results = property(lambda self: self.path("_training_results.pth"))
 
     @property
     def checkpoints(self) -> tuple[Path, ...]:
