@@ -64,7 +64,7 @@ from training.recipe import MAX_EPOCHS, Recipe, check_resume_flags, given_flags,
 from training.run import Interrupted, Run, RunFiles, SavedRun, choose_files, lock_run
 from training.settings import DEFAULT_NAME, Settings, build_parser
 from training.techniques import bn_update_batches, build_techniques
-from training.tensorboard_log import TensorBoard
+from training.tensorboard_log import TensorBoard, import_writer
 from utils import DEFAULT_LR, find_lr, make_test_batches, make_train_loader
 
 # On a GPU an epoch takes seconds: the curves are then drawn at most this often, and always at the end.
@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     with interrupts.caught():
         try:
             start_log(None)
+            if settings.tensorboard:
+                import_writer()  # a missing package must cost nothing
             device, saved = choose_device(settings.device), None
             if settings.resume is not None:
                 default = RunFiles(settings.output_dir or Path("output"), settings.name or DEFAULT_NAME)

@@ -15,6 +15,19 @@ from core.errors import UsageError
 SHOWN_IMAGES = 64
 
 
+def import_writer() -> type:
+    """torch's SummaryWriter.
+
+    Raises:
+        UsageError: the package tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter
+
+
 class TensorBoard:
     """Event files in `folder`; steps are epochs, counted from 1.
 
@@ -26,11 +39,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path, first_epoch: int = 1) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-        self.writer = SummaryWriter(str(folder), purge_step=first_epoch)
+        self.writer = import_writer()(str(folder), purge_step=first_epoch)
 
     def show_start(self, model: nn.Module, loader: DataLoader, epoch: int) -> None:
         """Log the graph of `model` and the first augmented images of `epoch`, uint8 [B, 32, 32, 3]."""
