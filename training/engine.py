@@ -327,8 +327,8 @@ def check_finite(totals: RunningTotals, where: str) -> None:
     bad = int(totals.bad_batch.item())
     if bad != RunningTotals.NO_BAD_BATCH:
         raise RunError(
-            f"the loss became NaN or infinite in batch {bad} of {where}: start a new run with a lower --lr, or "
-            "resume with --precision fp32; the checkpoints on disk are from before"
+            f"the loss became NaN or infinite in batch {bad} of {where}: start a new run with a lower --lr, "
+            "or resume with --precision fp32; the checkpoints on disk are from before"
         )
 
 
