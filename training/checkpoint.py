@@ -9,10 +9,12 @@ The digest finds damage, it does not prove who wrote a file. Loading a file of a
 gigabytes.
 """
 
+import contextlib
 import hashlib
 import io
 import pickle
 import random
+import re
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -81,21 +83,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         RunError: the file is missing, damaged, not a checkpoint of this project, written by a newer version,
             or refers to code or types that `torch.load(weights_only=True)` does not allow.
     """
-    archive = _read_archive(Path(path))
-    try:
-        members = zipfile.ZipFile(io.BytesIO(archive)).infolist()
-        # Of two archives in a row torch reads the first, zipfile the last.
-        appended = min(member.header_offset for member in members) > 0
-        compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if appended or compressed or sum(member.file_size for member in members) > len(archive):
-            raise RunError(f"{path} would unpack to more than its own size: refused")
-        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except RunError:
-        raise
-    except pickle.UnpicklingError:
-        raise RunError(f"{path} carries code or unknown types: refused; use a file of train.py") from None
-    except Exception as error:  # zipfile and torch.load raise many types on a corrupt file
-        raise RunError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
+    content = _read(Path(path))
+    archive = content[: -COMMENT_LENGTH - 2] + b"\0\0"
+    if content != _with_digest(archive):
+        weights = None
+        if COMMENT not in content[-COMMENT_LENGTH:]:
+            with contextlib.suppress(RunError):  # a truncated file, say
+                weights = _state_dict(_unpickle(path, content))
+        if weights:
+            raise RunError(
+                f"{path} holds weights, but not as train.py writes them (there is no checksum): evaluate.py, "
+                "predict.py and export.py load them with --model NAME"
+            )
+        raise RunError(f"{path} is damaged or was not written by train.py: its checksum is missing or wrong")
+    state = _unpickle(path, archive)
     if not isinstance(state, dict) or not isinstance(state.get("format_version"), int):
         raise RunError(f"{path} is not a checkpoint of this project: it lacks a format version")
     if state["format_version"] > FORMAT_VERSION:
@@ -106,8 +107,38 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _read_archive(path: Path) -> bytes:
-    """The archive in `path` without its comment, as torch.save wrote it, once the digest is verified."""
+def _unpickle(path: str | Path, archive: bytes) -> Any:
+    """What torch.save wrote into `archive`, all tensors on the CPU; no code of it is run."""
+    try:
+        members = zipfile.ZipFile(io.BytesIO(archive)).infolist()
+        # Of two archives in a row torch reads the first, zipfile the last.
+        appended = min(member.header_offset for member in members) > 0
+        compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if appended or compressed or sum(member.file_size for member in members) > len(archive):
+            raise RunError(f"{path} would unpack to more than its own size: refused")
+        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except RunError:
+        raise
+    except pickle.UnpicklingError:
+        raise RunError(f"{path} carries code or unknown types: refused; use a file of train.py") from None
+    except Exception as error:  # zipfile and torch.load raise many types on a corrupt file
+        raise RunError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
+
+
+def _state_dict(value: Any) -> dict[str, torch.Tensor] | None:
+    """The state dict in `value`, or under one of the usual keys of it, without the prefixes of wrappers.
+
+    DataParallel and DistributedDataParallel prefix names with "module.", torch.compile with "_orig_mod.".
+    """
+    keys = ("model", "state_dict", "model_state_dict", "net", "weights")
+    for found in (value, *(value.get(key) for key in keys)) if isinstance(value, dict) else ():
+        if isinstance(found, dict) and found and all(isinstance(v, torch.Tensor) for v in found.values()):
+            return {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): v for name, v in found.items()}
+    return None
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of an archive that torch.save wrote."""
     try:
         if path.is_dir():
             raise RunError(f"{path} is a folder, not a checkpoint: name the .pth file in it")
@@ -122,10 +153,7 @@ def _read_archive(path: Path) -> bytes:
         raise RunError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not content.startswith(b"PK\x03\x04"):
         raise RunError(f"{path} is not a checkpoint: it is not an archive that torch.save wrote")
-    archive = content[: -COMMENT_LENGTH - 2] + b"\0\0"
-    if content != _with_digest(archive):
-        raise RunError(f"{path} is damaged or was not written by train.py: its checksum is missing or wrong")
-    return archive
+    return content
 
 
 def load_weights(model: nn.Module, weights: Any, source: str | Path) -> None:
@@ -136,7 +164,7 @@ def load_weights(model: nn.Module, weights: Any, source: str | Path) -> None:
     """
     expected = model.state_dict()
     if not isinstance(weights, dict):
-        raise RunError(f"{source} holds no weights: train.py writes them under 'model'")
+        raise RunError(f"{source} holds no weights")
     misfit = f"{source} does not fit the network"
     missing = [name for name in expected if name not in weights]
     unknown = [name for name in weights if name not in expected]
@@ -197,7 +225,8 @@ class LoadedModel:
     """A trained network in evaluation mode, with what it was trained on.
 
     `classes[label]` names a label 0..99, `superclasses[superclass_of[label]]` its superclass;
-    `state` is the whole checkpoint (history, versions, `epoch` and `accuracy_percent` of the weights).
+    `state` is the whole checkpoint (history, versions, `epoch` and `accuracy_percent` of the weights); it is
+    empty for weights of unknown training, whose `recipe` says nothing but the network.
     """
 
     model: nn.Module
@@ -209,13 +238,22 @@ class LoadedModel:
     state: dict[str, Any]
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", model_name: str | None = None
+) -> LoadedModel:
     """The network of a checkpoint (NAME_best.pth, NAME_training_results.pth, NAME_last.pth) on `device`.
+
+    Args:
+        model_name: accepts any file by torch.save with weights of that network for CIFAR-100: a state dict,
+            also under a key or with the prefixes of wrappers.
 
     Raises:
         RunError: the file is missing, damaged, not a checkpoint, or does not fit the network that it names.
+        UsageError: there is no network called `model_name`.
     """
     path = Path(path)
+    if model_name is not None:
+        return _load_foreign(path, device, Recipe(model=model_name))
     state = load_checkpoint(path)
     try:
         recipe = Recipe.from_dict(state["recipe"])
@@ -227,6 +265,15 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> LoadedMo
     load_weights(model, state.get("model"), path)
     model = model.eval().to(device, memory_format=torch.channels_last)
     return LoadedModel(model, recipe, *names, superclass_of, path, state)
+
+
+def _load_foreign(path: Path, device: torch.device | str, recipe: Recipe) -> LoadedModel:
+    names = load_checkpoint(CARRIED_WEIGHTS)
+    model = build_model(recipe.model, num_classes=len(names["classes"]))
+    load_weights(model, _state_dict(_unpickle(path, _read(path))), path)
+    model = model.eval().to(device, memory_format=torch.channels_last)
+    groups = tuple(names["classes"]), tuple(names["superclasses"]), tuple(names["superclass_of"])
+    return LoadedModel(model, recipe, *groups, path, {})
 
 
 def find_weights(output_dir: str | Path = "output") -> Path:

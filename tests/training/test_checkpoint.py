@@ -24,6 +24,7 @@ from training.checkpoint import (
     FORMAT_VERSION,
     find_weights,
     load_checkpoint,
+    load_model,
     load_weights,
     plain,
     random_state,
@@ -215,6 +216,42 @@ def test_other_contents_are_not_a_checkpoint(tmp_path: Path, value: Any) -> None
     assert "format version" in refusal(tmp_path / "x.pth", sealed(buffer.getvalue()))
     torch.save(value, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert "not an archive" in refusal(tmp_path / "old.pth")
+
+
+def foreign_files(model: nn.Module) -> dict[str, Any]:
+    """Weights of a network as other programs save them."""
+    weights = model.state_dict()
+    return {
+        "bare": weights,
+        "kuangliu": {"net": {f"module.{name}": value for name, value in weights.items()}, "acc": 70.0},
+        "compiled": {"state_dict": {f"_orig_mod.module.{name}": value for name, value in weights.items()}},
+        "saved again": {"format_version": 1, "recipe": {"model": "resnet20"}, "model": weights},
+    }
+
+
+@pytest.mark.parametrize("kind", foreign_files(nn.Linear(1, 1)))
+def test_weights_of_other_programs_load_where_the_network_is_named(kind: str, tmp_path: Path) -> None:
+    model = build_model("resnet20").eval()
+    torch.save(foreign_files(model)[kind], tmp_path / "foreign.pth")
+    assert "holds weights" in refusal(tmp_path / "foreign.pth")
+    loaded = load_model(tmp_path / "foreign.pth", model_name="resnet20")
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value), name
+    assert not loaded.model.training
+    assert (loaded.recipe.model, len(loaded.classes), loaded.state) == ("resnet20", 100, {})
+    with pytest.raises(RunError, match="does not fit the network"):
+        load_model(tmp_path / "foreign.pth", model_name="resnet32")
+    with pytest.raises(UsageError, match="--model 'resnet21' is not known"):
+        load_model(tmp_path / "foreign.pth", model_name="resnet21")
+
+
+def test_a_named_network_does_not_make_other_files_weights(tmp_path: Path) -> None:
+    torch.save({"a": 1}, tmp_path / "other.pth")
+    with pytest.raises(RunError, match="holds no weights"):
+        load_model(tmp_path / "other.pth", model_name="resnet20")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(RunError, match="not an archive"):
+        load_model(tmp_path / "text.pth", model_name="resnet20")
 
 
 def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
