@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from cifar.dataset import DatasetUnavailable, Split, load_dataset
 from core.cli import Parser, add_data_folder, progress_bar, run_main, whole_number
-from core.cores import usable_cores
+from core.cores import choose_workers, usable_cores
 from core.errors import RunError, UsageError
 from core.files import atomic_write_text
 from core.machine import (
@@ -46,7 +46,7 @@ from inspection.plain_recipe import images_per_s
 from model import MODELS, build_model, count_macs
 from training.engine import RunningTotals, TrainStep, evaluate, train_one_epoch
 from training.recipe import Recipe
-from utils import choose_workers, make_test_batches, make_train_loader
+from utils import make_test_batches, make_train_loader
 
 PLAIN_RECIPE = Path(__file__).resolve().parent / "inspection" / "plain_recipe.py"
 EXIT_TIMEOUT_S = 5.0  # for the plain recipe's process, before it is killed
