@@ -23,20 +23,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch_lr_finder import LRFinder, TrainDataLoaderIter
+from torch_lr_finder import LRFinder
 
 from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
 from core.errors import UsageError
 from core.machine import autocast
-
-__all__ = [
-    "find_lr",
-    "make_test_batches",
-    "make_train_loader",
-    "normalize",
-    "train_transform",
-]
 
 # The random streams of a run: entries of SeedSequence's spawn key, as are epoch, batch and rank. Sums of seed
 # and epoch would collide (1 + 2 and 2 + 1), and so would tuples of different length ((1,) and (1, 0)).
@@ -113,11 +105,10 @@ class TrainBatchSampler(Sampler[BatchRequest]):
     def __iter__(self) -> Iterator[BatchRequest]:
         sequence = np.random.SeedSequence(self.seed, spawn_key=(SHUFFLE, self.epoch))
         order = np.random.default_rng(sequence).permutation(self.count)
-        epoch = self.epoch
+        epoch = self.epoch  # that of a later `set_epoch` is for the next iteration
         for number in range(self.start_batch, self.batches):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size]
-            first = self.rank * len(batch) // self.world_size
-            last = (self.rank + 1) * len(batch) // self.world_size
+            first, last = (rank * len(batch) // self.world_size for rank in (self.rank, self.rank + 1))
             yield BatchRequest(epoch, number, batch[first:last])
 
 
@@ -176,14 +167,14 @@ def make_train_loader(
         raise UsageError("the batch size must be at least 1, workers and seed at least 0")
     if batch_size % world_size:
         raise UsageError(f"a batch of {batch_size} does not divide by {world_size} processes")
-    sampler = TrainBatchSampler(len(split.labels), batch_size, seed, rank, world_size)
+    sampler = TrainBatchSampler(len(split), batch_size, seed, rank, world_size)
     if len(sampler) == 0:
-        raise UsageError(f"{len(split.labels)} training images are too few for {world_size} processes")
+        raise UsageError(f"{len(split)} training images are too few for {world_size} processes")
     cv2.setNumThreads(0)  # threads only cost time on 32x32 images
     return DataLoader(
         TrainDataset(split, augment, seed, rank),
         batch_sampler=sampler,
-        collate_fn=_as_fetched,
+        collate_fn=tuple,  # unchanged: `TrainDataset` returns whole batches
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
@@ -192,11 +183,6 @@ def make_train_loader(
         multiprocessing_context=multiprocessing_context if workers else None,
         generator=torch.Generator().manual_seed(0),  # for torch's own worker seeds, which nothing here uses
     )
-
-
-def _as_fetched(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch unchanged: `TrainDataset` returns whole batches."""
-    return batch
 
 
 def _start_worker(_number: int) -> None:
@@ -232,12 +218,8 @@ def make_test_batches(
     split: Split, batch_size: int, device: torch.device | str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The split in order, on the device, normalised once: float32 [B, 3, 32, 32] and int64 [B] each."""
-    batches = []
-    for first in range(0, len(split.labels), batch_size):
-        images = torch.tensor(split.images[first : first + batch_size])
-        labels = torch.tensor(split.labels[first : first + batch_size])
-        batches.append((normalize(images.to(device)), labels.to(device)))
-    return batches
+    images, labels = (torch.tensor(array).split(batch_size) for array in (split.images, split.labels))
+    return [(normalize(x.to(device)), y.to(device)) for x, y in zip(images, labels, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -264,18 +246,11 @@ class LRFinderResult:
 
 def smooth(losses: Sequence[float]) -> np.ndarray:
     """`losses` averaged over a centred Gaussian window of about a tenth of the points; float64."""
-    values = np.asarray(losses, dtype=np.float64)
-    sigma = max(1.0, len(values) / 40)
-    offsets = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
-    window = np.exp(-0.5 * (offsets / sigma) ** 2)
-    half = len(offsets) // 2
-
-    def mean_at(index: int) -> float:
-        first, last = max(0, index - half), min(len(values), index + half + 1)
-        weights = window[first - index + half : last - index + half]
-        return float(weights @ values[first:last] / weights.sum())
-
-    return np.array([mean_at(index) for index in range(len(values))])
+    sigma = max(1.0, len(losses) / 40)
+    half = math.ceil(3 * sigma)
+    window = np.exp(-0.5 * (np.arange(-half, half + 1) / sigma) ** 2)
+    weights = np.convolve(np.ones(len(losses)), window)  # less than the whole window at the ends
+    return (np.convolve(losses, window) / weights)[half:-half]
 
 
 def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
@@ -305,29 +280,17 @@ def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, 
     return DEFAULT_LR, f"the default: {steepest:.1e} and {fallback:.1e} lie outside {low:g} to {high:g}"
 
 
-class _NormalizedBatches(TrainDataLoaderIter):
-    """torch-lr-finder's iterator over a loader, which normalises the batches on the device."""
-
-    def __init__(self, loader: DataLoader, device: torch.device) -> None:
-        super().__init__(loader)
-        self.device = device
-
-    def inputs_labels_from_batch(self, batch: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = batch
-        return normalize(images.to(self.device)), labels.to(self.device)
-
-
-class _Autocast(nn.Module):
-    """A network that runs at the given precision and returns float32 logits."""
+class _FromPixels(nn.Module):
+    """A network that takes uint8 [N, 32, 32, 3], runs at the given precision, and returns float32 logits."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
         self.model, self.precision = model, precision
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        batch = normalize(images)
         with autocast(images.device, self.precision):
-            logits = self.model(images)
-        return logits.float()
+            return self.model(batch).float()
 
 
 def find_lr(
@@ -347,21 +310,15 @@ def find_lr(
     epoch 1) does not use; so the network, the optimizer and every random state are afterwards as before.
     Its batches are the full global ones, for which the rate is: with several processes, call it on rank 0.
     """
-    twin = copy.deepcopy(model)
-    wrapped = _Autocast(twin, precision)
+    twin = _FromPixels(copy.deepcopy(model), precision)
     device = next(twin.parameters()).device
     with loader.batch_sampler.for_lr_finder(), _kept_random_state(), contextlib.ExitStack() as quiet:
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))  # its remarks; ours say more
         if sys.stderr is None or not sys.stderr.isatty():
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))  # its progress bar
-        finder = LRFinder(wrapped, build_optimizer(wrapped), criterion, device=device)
-        finder.range_test(
-            _NormalizedBatches(loader, device),
-            start_lr=start_lr,
-            end_lr=end_lr,
-            num_iter=iterations,
-            smooth_f=0,  # smoothed afterwards, without the lag of a running mean
-        )
+        finder = LRFinder(twin, build_optimizer(twin), criterion, device=device)
+        # smoothed afterwards, without the lag of a running mean
+        finder.range_test(loader, start_lr=start_lr, end_lr=end_lr, num_iter=iterations, smooth_f=0)
     rates = [float(rate) for rate in finder.history["lr"]]
     losses = [float(loss) for loss in finder.history["loss"]]
     suggested, method = suggest_lr(rates, losses)

@@ -34,23 +34,11 @@ OPERATIONS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotat
 # The maximum strength of each operation that has one, for AutoAugment (table 6) and RandAugment, and for
 # TrivialAugment's wide space (Mueller & Hutter 2021, arXiv:2103.10158, table 1). Shear: tangent of the angle;
 # translation: pixels (150/331 of the width in AutoAugment); rotation: degrees; color, contrast, brightness,
-# sharpness: distance of the factor from 1; posterize: bits dropped; solarize: fraction of the range inverted.
-STRENGTHS = {
-    "Shear": 0.3,
-    "Translate": SIZE * 150 / 331,
-    "Rotate": 30.0,
-    "Enhance": 0.9,
-    "Posterize": 4,
-    "Solarize": 1.0,
-}
-WIDE_STRENGTHS = {
-    "Shear": 0.99,
-    "Translate": 32,
-    "Rotate": 135.0,
-    "Enhance": 0.99,
-    "Posterize": 6,
-    "Solarize": 1.0,
-}
+# sharpness: distance of the factor from 1; posterize: bits dropped. Solarize inverts up to the whole range.
+STRENGTHS = {"Shear": 0.3, "Translate": SIZE * 150 / 331, "Rotate": 30.0, "Enhance": 0.9, "Posterize": 4}
+WIDE_STRENGTHS = {"Shear": 0.99, "Translate": 32, "Rotate": 135.0, "Enhance": 0.99, "Posterize": 6}
+
+Transforms = list[A.BasicTransform | A.BaseCompose]
 
 
 def train_transform(name: str = "reference") -> Pipeline:
@@ -64,13 +52,19 @@ def train_transform(name: str = "reference") -> Pipeline:
     """
     base, _, numbers = name.partition(":")
     if base == "randaugment" and numbers:
-        return Pipeline(_randaugment(*_parse_randaugment(name, numbers)))
+        try:
+            n, m = map(int, numbers.split(","))
+        except ValueError:
+            n, m = 0, 0
+        if not (1 <= n <= 10 and 0 <= m <= 30):
+            raise UsageError(f"{name!r} is not randaugment:N,M with N from 1 to 10 and M from 0 to 30")
+        return Pipeline(_randaugment(n, m))
     if name not in AUGMENTATIONS:
         raise UsageError(f"unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}")
     return Pipeline(AUGMENTATIONS[name]())
 
 
-def _reference() -> list[A.BasicTransform]:
+def _reference() -> Transforms:
     """Flip, affine, one 16x16 hole, colour jitter: each with probability 0.5.
 
     Horizontal and vertical scale are drawn independently, translations are whole pixels, and the pixels that
@@ -91,23 +85,23 @@ def _holes(max_holes: int, p: float, fill: float | tuple[int, ...] = 0) -> A.Bas
     return fast.CoarseDropout((1, max_holes), hole_height_range=size, hole_width_range=size, fill=fill, p=p)
 
 
-def _standard() -> list[A.BasicTransform]:
+def _standard() -> Transforms:
     """Pad by 4 black pixels, random 32x32 crop, flip: He et al. 2015 (arXiv:1512.03385), section 4.2."""
     return [A.Pad(padding=4, fill=0, p=1), A.RandomCrop(SIZE, SIZE, p=1), fast.HorizontalFlip(p=0.5)]
 
 
-def _noise() -> list[A.BasicTransform]:
+def _noise() -> Transforms:
     """The reference, then Gaussian noise (standard deviation 2 to 5 % of the range), probability 0.25."""
     return [*_reference(), A.GaussNoise(std_range=(0.02, 0.05), p=0.25)]
 
 
-def _dropout() -> list[A.BasicTransform]:
+def _dropout() -> Transforms:
     """The reference with stronger dropout: one to three 16x16 holes, with probability 0.75."""
     flip, affine, _, jitter = _reference()
     return [flip, affine, _holes(3, p=0.75), jitter]
 
 
-def _around(policy: A.BasicTransform | A.BaseCompose) -> list[A.BasicTransform | A.BaseCompose]:
+def _around(policy: A.BasicTransform | A.BaseCompose) -> Transforms:
     """Pad, crop and flip, then `policy`, then one hole: the order of the three papers' CIFAR experiments.
 
     Their cutout may extend beyond the border; this one lies inside, so it hides somewhat more.
@@ -115,19 +109,18 @@ def _around(policy: A.BasicTransform | A.BaseCompose) -> list[A.BasicTransform |
     return [*_standard(), policy, _holes(1, p=1.0, fill=MEAN_COLOUR)]
 
 
-def _autoaugment() -> list[A.BasicTransform | A.BaseCompose]:
+def _autoaugment() -> Transforms:
     """One of CIFAR-10's 25 published sub-policies for each image."""
     sub_policies = [
         A.Sequential(
-            [_operation(name, (m or 0) / 9, (m or 0) / 9, STRENGTHS, p=p) for name, p, m in pair],
-            p=1,
+            [_operation(name, (m or 0) / 9, (m or 0) / 9, STRENGTHS, p=p) for name, p, m in pair], p=1
         )
         for pair in AUTOAUGMENT_CIFAR10
     ]
     return _around(A.OneOf(sub_policies, p=1))
 
 
-def _randaugment(n: int = 2, m: int = 14) -> list[A.BasicTransform | A.BaseCompose]:
+def _randaugment(n: int = 2, m: int = 14) -> Transforms:
     """`n` operations drawn with replacement, each at strength `m` of 30.
 
     Cubuk et al. 2020 (arXiv:1909.13719). The defaults are the paper's for WideResNet-28-10 on CIFAR-100; for
@@ -137,21 +130,10 @@ def _randaugment(n: int = 2, m: int = 14) -> list[A.BasicTransform | A.BaseCompo
     return _around(A.RandomOrder(operations, n=n, replace=True, p=1))
 
 
-def _trivialaugment() -> list[A.BasicTransform | A.BaseCompose]:
+def _trivialaugment() -> Transforms:
     """One operation, its strength drawn uniformly from the wide range (the paper draws one of 31 levels)."""
     operations = [_operation(name, 0.0, 1.0, WIDE_STRENGTHS, p=1) for name in OPERATIONS]
     return _around(A.OneOf(operations, p=1))
-
-
-def _parse_randaugment(name: str, numbers: str) -> tuple[int, int]:
-    """The `n` and `m` of `randaugment:n,m`."""
-    try:
-        n, m = (int(number) for number in numbers.split(","))
-    except ValueError:
-        n, m = 0, 0
-    if not (1 <= n <= 10 and 0 <= m <= 30):
-        raise UsageError(f"{name!r} is not randaugment:N,M with N from 1 to 10 and M from 0 to 30")
-    return n, m
 
 
 def _operation(
@@ -170,12 +152,10 @@ def _operation(
     if name in ("AutoContrast", "Equalize"):
         return A.Lambda(image=auto_contrast if name == "AutoContrast" else equalize, p=p)
     if name == "Posterize":
-        bits = [8 - round(strengths["Posterize"] * fraction) for fraction in (high, low)]
-        return A.Posterize(num_bits=(bits[0], bits[1]), p=p)
+        return A.Posterize(num_bits=tuple(8 - round(strengths["Posterize"] * x) for x in (high, low)), p=p)
     if name == "Solarize":  # half a level below the threshold, so that rounding cannot miss it
-        levels = [255 * (1 - strengths["Solarize"] * fraction) for fraction in (high, low)]
-        thresholds = [max(0.0, (round(level) - 0.5) / 255) for level in levels]
-        return A.Solarize(threshold_range=(thresholds[0], thresholds[1]), p=p)
+        thresholds = tuple(max(0.0, (round(255 * (1 - x)) - 0.5) / 255) for x in (high, low))
+        return A.Solarize(threshold_range=thresholds, p=p)
     both_signs = [_signed_operation(name, *sorted((sign * low, sign * high)), strengths) for sign in (1, -1)]
     return A.OneOf(both_signs, p=p)
 
@@ -193,11 +173,9 @@ def _signed_operation(name: str, low: float, high: float, strengths: dict[str, f
         return affine(rotate=(strengths["Rotate"] * low, strengths["Rotate"] * high))
     axis = name[-1].lower()
     if name.startswith("Shear"):
-        angles = [math.degrees(math.atan(strengths["Shear"] * fraction)) for fraction in (low, high)]
-        return affine(shear={axis: (angles[0], angles[1])})
-    return affine(
-        translate_px={axis: (int(strengths["Translate"] * low), int(strengths["Translate"] * high))}
-    )
+        angles = (math.degrees(math.atan(strengths["Shear"] * x)) for x in (low, high))
+        return affine(shear={axis: tuple(angles)})
+    return affine(translate_px={axis: tuple(int(strengths["Translate"] * x) for x in (low, high))})
 
 
 def auto_contrast(image: Image, **_params: object) -> Image:
@@ -222,10 +200,7 @@ def equalize(image: Image, **_params: object) -> Image:
 
 
 class Sharpness(A.ImageOnlyTransform):
-    """Pillow's `ImageEnhance.Sharpness`: factor 0 is a 3x3 smoothing, 1 the image, above 1 sharper.
-
-    The outermost pixels are unchanged.
-    """
+    """Pillow's `ImageEnhance.Sharpness`: factor 0 is a 3x3 smoothing (not of the border), 1 the image."""
 
     class InitSchema(A.ImageOnlyTransform.InitSchema):
         """The arguments that Albumentations validates."""
@@ -248,7 +223,7 @@ class Sharpness(A.ImageOnlyTransform):
         return cv2.addWeighted(img, factor, smooth, 1 - factor, 0)
 
 
-AUGMENTATIONS: dict[str, Callable[[], list[A.BasicTransform | A.BaseCompose]]] = {
+AUGMENTATIONS: dict[str, Callable[[], Transforms]] = {
     "reference": _reference,
     "none": list,
     "standard": _standard,

@@ -93,25 +93,18 @@ def load_dataset(name: str, data_dir: str | Path, *, url: str | None = None) -> 
         RunError: a file in `data_dir` is damaged (it is neither unpickled nor replaced).
     """
     if name == "synthetic":
-        return _synthetic()
+        train, test = (Split(*synthetic.generate(split)) for split in (0, 1))
+        superclass_of = np.arange(NUM_CLASSES, dtype=np.int64) // synthetic.CLASSES_PER_FAMILY
+        return ImageData(name, train, test, synthetic.CLASSES, synthetic.SUPERCLASSES, superclass_of)
     if name != "cifar100":
         raise UsageError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
-    data_dir = Path(data_dir)
-    contents = _provide_files(data_dir, url or os.environ.get("CIFAR100_URL"))
-    return _unpack(contents, data_dir / FOLDER)
-
-
-def _synthetic() -> ImageData:
-    """The built-in procedural images, generated at each call (a few seconds)."""
-    train_images, train_labels, test_images, test_labels = synthetic.generate()
-    return ImageData(
-        "synthetic",
-        checked_split(train_images, train_labels, "the synthetic training images"),
-        checked_split(test_images, test_labels, "the synthetic test images"),
-        synthetic.CLASSES,
-        synthetic.SUPERCLASSES,
-        np.arange(NUM_CLASSES, dtype=np.int64) // synthetic.CLASSES_PER_FAMILY,
-    )
+    contents = _provide_files(Path(data_dir), url or os.environ.get("CIFAR100_URL"))
+    # popped, so that the memory of one file is free before the next is unpickled
+    train, test, names = (_unpickle(contents.pop(member)) for member in ("train", "test", "meta"))
+    superclass_of = np.empty(NUM_CLASSES, dtype=np.int64)
+    superclass_of[test["fine_labels"]] = test["coarse_labels"]
+    classes, superclasses = tuple(names["fine_label_names"]), tuple(names["coarse_label_names"])
+    return ImageData(name, _split(train), _split(test), classes, superclasses, superclass_of)
 
 
 def _provide_files(data_dir: Path, url: str | None) -> dict[str, bytes]:
@@ -120,13 +113,12 @@ def _provide_files(data_dir: Path, url: str | None) -> dict[str, bytes]:
     try:
         return _read_files(folder)
     except RunError as error:
-        problem = error
-    if archive.exists():
-        _check_archive(archive)
-    elif any((folder / member).exists() for member in MEMBER_MD5):
-        raise RunError(f"{problem}; delete the folder {folder} and run again to download it")
-    else:
-        _download_archive(archive, url)
+        if archive.exists():
+            _check_archive(archive)
+        elif any((folder / member).exists() for member in MEMBER_MD5):
+            raise RunError(f"{error}; delete the folder {folder} and run again to download it") from None
+        else:
+            _download_archive(archive, url)
     extract(archive, [f"{FOLDER}/{member}" for member in MEMBER_MD5], folder)
     try:
         return _read_files(folder)
@@ -164,15 +156,12 @@ def _read_files(folder: Path) -> dict[str, bytes]:
 def _check_archive(archive: Path) -> None:
     """Refuse a wrong archive that the user put there; it is not deleted."""
     try:
-        size = archive.stat().st_size
-        right = md5_of(archive) == ARCHIVE_MD5
+        size, md5 = archive.stat().st_size, md5_of(archive)
     except OSError as error:
         raise RunError(f"{archive} cannot be read: {error.strerror}") from error
-    if not right:
-        wanted = f"{ARCHIVE_BYTES:,} bytes with md5 {ARCHIVE_MD5}"
-        raise RunError(
-            f"{archive} is damaged ({size:,} bytes; it should have {wanted}): delete it and run again"
-        )
+    if md5 != ARCHIVE_MD5:
+        problem = f"{size:,} bytes; it should have {ARCHIVE_BYTES:,} bytes with md5 {ARCHIVE_MD5}"
+        raise RunError(f"{archive} is damaged ({problem}): delete it and run again")
 
 
 def _download_archive(archive: Path, url: str | None) -> None:
@@ -180,33 +169,19 @@ def _download_archive(archive: Path, url: str | None) -> None:
     try:
         fetch([url, *SOURCES] if url else SOURCES, archive, md5=ARCHIVE_MD5, size=ARCHIVE_BYTES)
     except DownloadFailed as failure:
-        lines = [
-            f"CIFAR-100 could not be downloaded:\n{failure}",
-            f"To download it manually: get {SOURCES[0]} or {SOURCES[-1]}",
-            f"  ({ARCHIVE_BYTES:,} bytes, md5 {ARCHIVE_MD5}), save it as {archive}, and run again;",
-            "  or pass your own copy (URL or path) with --data-url or CIFAR100_URL.",
-            "To train without it, on built-in synthetic images: --dataset synthetic",
-        ]
-        raise DatasetUnavailable("\n".join(lines)) from failure
+        raise DatasetUnavailable(
+            f"CIFAR-100 could not be downloaded:\n{failure}\n"
+            f"To download it manually: get {SOURCES[0]} or {SOURCES[-1]}\n"
+            f"  ({ARCHIVE_BYTES:,} bytes, md5 {ARCHIVE_MD5}), save it as {archive}, and run again;\n"
+            "  or pass your own copy (URL or path) with --data-url or CIFAR100_URL.\n"
+            "To train without it, on built-in synthetic images: --dataset synthetic"
+        ) from failure
 
 
-def _unpack(contents: dict[str, bytes], folder: Path) -> ImageData:
-    """The dataset in the verified bytes of the three files; `contents` is emptied to save memory."""
-    train, test, names = (_unpickle(contents.pop(member)) for member in ("train", "test", "meta"))
-    return ImageData(
-        "cifar100",
-        _split(train, folder / "train"),
-        _split(test, folder / "test"),
-        tuple(names["fine_label_names"]),
-        tuple(names["coarse_label_names"]),
-        superclass_map(test["fine_labels"], test["coarse_labels"]),
-    )
-
-
-def _split(stored: dict, path: Path) -> Split:
+def _split(stored: dict) -> Split:
     """The images and labels of an unpickled file, in which an image is 3072 bytes, channel by channel."""
     images = stored.pop("data").reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return checked_split(images, np.asarray(stored["fine_labels"]), str(path))
+    return Split(np.ascontiguousarray(images), np.array(stored["fine_labels"], dtype=np.int64))
 
 
 def _unpickle(content: bytes) -> dict:
@@ -215,27 +190,6 @@ def _unpickle(content: bytes) -> dict:
         # NumPy 2.4 warns about how NumPy 1 under Python 2 pickled a dtype.
         warnings.simplefilter("ignore")
         return pickle.loads(content, encoding="latin1")
-
-
-def checked_split(images: np.ndarray, labels: np.ndarray, where: str) -> Split:
-    """A Split of these arrays; RunError, naming `where`, if their shapes, dtypes or labels are wrong."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
-        raise RunError(f"{where}: images should be uint8 [N, 32, 32, 3], not {images.dtype} {images.shape}")
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise RunError(f"{where}: labels should be integers [N], not {labels.dtype} {labels.shape}")
-    if len(labels) != len(images) or len(labels) == 0:
-        raise RunError(f"{where}: {len(images)} images but {len(labels)} labels")
-    if labels.min() < 0 or labels.max() >= NUM_CLASSES:
-        raise RunError(f"{where}: labels from {labels.min()} to {labels.max()}; they should be 0 to 99")
-    return Split(np.ascontiguousarray(images), labels.astype(np.int64))
-
-
-def superclass_map(fine: list[int], coarse: list[int]) -> np.ndarray:
-    """The superclass of each label, int64 [100], from the fine and coarse labels of images [N]."""
-    pairs = sorted(set(zip(fine, coarse, strict=True)))
-    if [label for label, _ in pairs] != list(range(NUM_CLASSES)):
-        raise RunError("the labels do not assign each of 100 classes to exactly one superclass")
-    return np.array([group for _, group in pairs], dtype=np.int64)
 
 
 def balanced_subset(split: Split, count: int, seed: int) -> Split:
@@ -248,7 +202,8 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
     Raises:
         UsageError: `count` is not from 1 to len(split).
     """
-    return _pick(split, _balanced_choice(split, count, seed))
+    chosen = _balanced_choice(split, count, seed)
+    return Split(split.images[chosen], split.labels[chosen])
 
 
 def train_val_split(split: Split, count: int, seed: int) -> tuple[Split, Split]:
@@ -260,12 +215,8 @@ def train_val_split(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     if count == len(split):
         raise UsageError(f"holding out all {count} images leaves none for training")
     held_out = _balanced_choice(split, count, seed)
-    return _pick(split, ~held_out), _pick(split, held_out)
-
-
-def _pick(split: Split, chosen: np.ndarray) -> Split:
-    """The images where `chosen` (bool [N]) is true."""
-    return Split(np.ascontiguousarray(split.images[chosen]), split.labels[chosen])
+    train, val = (Split(split.images[mask], split.labels[mask]) for mask in (~held_out, held_out))
+    return train, val
 
 
 def _balanced_choice(split: Split, count: int, seed: int) -> np.ndarray:
@@ -273,20 +224,12 @@ def _balanced_choice(split: Split, count: int, seed: int) -> np.ndarray:
     if not 1 <= count <= len(split):
         raise UsageError(f"cannot take {count} of {len(split)} images: give 1 to {len(split)}")
     rng = np.random.default_rng(seed)
-    classes, sizes = np.unique(split.labels, return_counts=True)
-    quotas = _class_quotas(sizes, count, rng.permutation(len(classes)))
+    classes = np.unique(split.labels)
+    # Images are taken in rounds, each of one image of every class: sorted by round, then by the class's turn.
+    rounds, turns = np.empty((2, len(split)), dtype=np.int64)
+    for label, turn in zip(classes, np.argsort(rng.permutation(len(classes))), strict=True):
+        members = rng.permutation(np.flatnonzero(split.labels == label))
+        rounds[members], turns[members] = np.arange(len(members)), turn
     chosen = np.zeros(len(split), dtype=bool)
-    for label, quota in zip(classes, quotas, strict=True):
-        # The whole class is shuffled whatever its quota, so that subsets nest.
-        chosen[rng.permutation(np.flatnonzero(split.labels == label))[:quota]] = True
+    chosen[np.lexsort((turns, rounds))[:count]] = True
     return chosen
-
-
-def _class_quotas(sizes: np.ndarray, count: int, order: np.ndarray) -> np.ndarray:
-    """Split `count` into quotas as equal as `sizes` allow; the first classes in `order` get a remainder."""
-    quotas = np.zeros_like(sizes)
-    while (left := count - quotas.sum()) > 0:
-        unfilled = order[quotas[order] < sizes[order]]
-        receivers = unfilled[:left]  # fewer than all of them only in the last round
-        quotas[receivers] += np.minimum(max(left // len(unfilled), 1), sizes[receivers] - quotas[receivers])
-    return quotas

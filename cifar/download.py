@@ -149,7 +149,9 @@ class _Download:
         """
         while True:
             try:
-                start = self._receive(_url_of(source), min_speed)
+                is_url = "://" in source
+                url = source if is_url else Path(os.path.expanduser(source)).absolute().as_uri()
+                start = self._receive(url, min_speed)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise _SourceFailed(_reason(error)) from error
             if self._accept_part():
@@ -224,11 +226,6 @@ class _Download:
                 if speed < min_speed:
                     raise _SourceFailed(f"too slow: {speed / 1000:.0f} kB/s")
                 window_start, window_began = position, time.monotonic()
-
-
-def _url_of(source: str) -> str:
-    """`source`, which may be a local path, as a URL."""
-    return source if "://" in source else Path(os.path.expanduser(source)).absolute().as_uri()
 
 
 def _open(url: str, start: int) -> http.client.HTTPResponse:

@@ -76,14 +76,8 @@ class Affine(A.Affine):
             return image
         height, width, channels = image.shape
         fill = (self.fill,) * channels if isinstance(self.fill, int | float) else self.fill
-        return cv2.warpAffine(
-            image,
-            self._draw_matrix(height, width),
-            (width, height),
-            flags=self.interpolation,
-            borderMode=self.border_mode,
-            borderValue=fill,
-        )
+        matrix, size = self._draw_matrix(height, width), (width, height)
+        return cv2.warpAffine(image, matrix, size, None, self.interpolation, self.border_mode, fill)
 
     def _draw_matrix(self, height: int, width: int) -> NDArray[np.float64]:
         """A random 2x3 matrix: scale, rotate and shear about the image's centre, then translate."""
@@ -92,8 +86,7 @@ class Affine(A.Affine):
         shift_y = int(uniform(*self.translate_percent["y"]) * height)
         shear_x = math.tan(math.radians(-uniform(*self.shear["x"])))
         shear_y = math.tan(math.radians(-uniform(*self.shear["y"])))
-        scale_x = uniform(*self.scale["x"])
-        scale_y = uniform(*self.scale["y"])
+        scale_x, scale_y = uniform(*self.scale["x"]), uniform(*self.scale["y"])
         angle = math.radians(uniform(*self.rotate))
         cos, sin = math.cos(angle), math.sin(angle)
         a, b = (cos - shear_x * sin) * scale_x, (sin + shear_x * cos) * scale_y
@@ -107,9 +100,9 @@ class CoarseDropout(A.CoarseDropout):
 
     def augment(self, image: Image) -> Image:
         """Fill the holes, with probability p. They lie entirely inside the image and may overlap."""
-        hole_height, hole_width = self.hole_height_range[0], self.hole_width_range[0]
+        (hole_height, max_height), (hole_width, max_width) = self.hole_height_range, self.hole_width_range
         height, width = image.shape[:2]
-        one_size = self.hole_height_range[1] == hole_height and self.hole_width_range[1] == hole_width
+        one_size = (hole_height, hole_width) == (max_height, max_width)
         fits = 1 < hole_height <= height and 1 < hole_width <= width
         if not (one_size and fits) or isinstance(self.fill, str):
             return self(image=image)["image"]
@@ -133,20 +126,12 @@ class ColorJitter(A.ColorJitter):
         """Apply the four adjustments, with probability p."""
         if not self.should_apply():
             return image
-        uniform = self.py_random.uniform
-        brightness, contrast = uniform(*self.brightness), uniform(*self.contrast)
-        saturation, hue = uniform(*self.saturation), uniform(*self.hue)
+        limits = self.brightness, self.contrast, self.saturation, self.hue
+        factors = [self.py_random.uniform(*limit) for limit in limits]
         order = [0, 1, 2, 3]
         self.random_generator.shuffle(order)
         for adjustment in order:
-            if adjustment == 0:
-                image = cv2.LUT(image, _table(brightness, 0.0))
-            elif adjustment == 1:
-                image = _adjust_contrast(image, contrast)
-            elif adjustment == 2:
-                image = _adjust_saturation(image, saturation)
-            else:
-                image = _adjust_hue(image, hue)
+            image = _ADJUSTMENTS[adjustment](image, factors[adjustment])
         return image
 
 
@@ -154,6 +139,10 @@ def _table(factor: float, offset: float) -> NDArray[np.uint8]:
     """The 256 values of `level * factor + offset`, clipped to 0-255 and truncated (not rounded)."""
     table = _LEVELS * factor + offset  # float32
     return np.minimum(np.maximum(table, 0, out=table), 255, out=table).astype(np.uint8)
+
+
+def _adjust_brightness(image: Image, factor: float) -> Image:
+    return cv2.LUT(image, _table(factor, 0.0))
 
 
 def _adjust_contrast(image: Image, factor: float) -> Image:
@@ -169,9 +158,11 @@ def _adjust_saturation(image: Image, factor: float) -> Image:
 
 def _adjust_hue(image: Image, factor: float) -> Image:
     """Rotate the hue by `factor` of the full circle, which is 180 levels in OpenCV's 8-bit HSV."""
-    tables = _hue_tables()
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    return cv2.cvtColor(cv2.LUT(hsv, tables[math.floor(180 * factor) % 180]), cv2.COLOR_HSV2RGB)
+    hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), _hue_tables()[math.floor(180 * factor) % 180])
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+_ADJUSTMENTS = (_adjust_brightness, _adjust_contrast, _adjust_saturation, _adjust_hue)
 
 
 @functools.cache

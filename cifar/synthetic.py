@@ -113,13 +113,7 @@ _LETTERS = (
     ("####", "..#.", "..#.", "..#.", "..#."),
     ("#..#", "#..#", "####", "#..#", "#..#"),
 )
-_BLOCKS = (
-    ("##.", ".##"),
-    ("###", ".#."),
-    ("###", "#.."),
-    ("##.", "##."),
-    ("###", "#.#"),
-)
+_BLOCKS = (("##.", ".##"), ("###", ".#."), ("###", "#.."), ("##.", "##."), ("###", "#.#"))
 _SIGNS = (
     ("..#..", ".###.", "#####", "..#..", "..#.."),
     ("..#..", ".#.#.", "#...#", ".#.#.", "..#.."),
@@ -175,20 +169,14 @@ SUPERCLASSES = tuple(f"synthetic-{family}" for family in FAMILIES)
 CLASSES = tuple(f"{name}-{k + 1}" for name in SUPERCLASSES for k in range(CLASSES_PER_FAMILY))
 
 
-def generate() -> tuple[Array, Array, Array, Array]:
-    """Generate the dataset, always the same bytes: train images, train labels, test images, test labels.
+def generate(split: int) -> tuple[Array, Array]:
+    """The training (`split` 0) or test (1) images uint8 [N, 32, 32, 3] and labels int64 [N].
 
-    Images are uint8 [N, 32, 32, 3], labels int64 [N], with N = 10,000 for training and 2,000 for testing;
-    image i is of class i % 100. Takes a few seconds on one core.
+    Always the same bytes; N is 10,000 or 2,000, and image i is of class i % 100. Takes seconds on one core.
     """
-    splits = []
-    for split, per_class in enumerate((TRAIN_PER_CLASS, TEST_PER_CLASS)):
-        images = np.empty((per_class, len(CLASSES), SIDE, SIDE, 3), dtype=np.uint8)
-        for label in range(len(CLASSES)):
-            images[:, label] = draw_class(label, per_class, split)
-        labels = np.tile(np.arange(len(CLASSES), dtype=np.int64), per_class)
-        splits += [images.reshape(-1, SIDE, SIDE, 3), labels]
-    return tuple(splits)
+    per_class = (TRAIN_PER_CLASS, TEST_PER_CLASS)[split]
+    images = np.stack([draw_class(label, per_class, split) for label in range(len(CLASSES))], axis=1)
+    return images.reshape(-1, SIDE, SIDE, 3), np.tile(np.arange(len(CLASSES), dtype=np.int64), per_class)
 
 
 def draw_class(label: int, count: int, split: int) -> Array:
@@ -230,8 +218,6 @@ def _smooth(coarse: Array) -> Array:
     """Bilinear enlargement of [n, 5, 5, 3] to [n, 32, 32, 3]."""
     position = np.arange(SIDE) * (4.0 / SIDE)
     low = np.floor(position).astype(np.int64)
-    weight = position - low
-    rows = coarse[:, low] * (1 - weight)[None, :, None, None]
-    rows = rows + coarse[:, low + 1] * weight[None, :, None, None]
-    columns = rows[:, :, low] * (1 - weight)[None, None, :, None]
-    return columns + rows[:, :, low + 1] * weight[None, None, :, None]
+    for axis, weight in ((1, (position - low)[:, None, None]), (2, (position - low)[:, None])):
+        coarse = coarse.take(low, axis) * (1 - weight) + coarse.take(low + 1, axis) * weight
+    return coarse

@@ -1,12 +1,17 @@
-"""Loaders: the order of images, independent and reproducible draws, ranks, resuming, normalisation."""
+"""Loaders: the order of images, independent and reproducible draws, ranks, resuming, normalisation.
 
+The LR finder: its suggestion for each kind of curve; it leaves everything else unchanged.
+"""
+
+import copy
 import itertools
+import json
+import math
 import os
 import random
 import signal
-import subprocess
 import sys
-import time
+import warnings
 from pathlib import Path
 
 import albumentations as A
@@ -14,11 +19,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import get_worker_info
+from torch import nn
+from torch.utils.data import DataLoader, get_worker_info
 
 import utils
 from cifar.dataset import Split
 from core.errors import UsageError
+from training.recipe import Recipe
+from utils import DEFAULT_LR, VALLEY, LRFinderResult, find_lr, smooth, suggest_lr
 
 COUNT, BATCH = 70, 16  # five batches, the last one of six
 
@@ -48,12 +56,6 @@ def epoch_of(loader, epoch: int, start_batch: int = 0) -> list[tuple[bytes, list
     return [(images.numpy().tobytes(), labels.tolist()) for images, labels in loader]
 
 
-def draws(loader, epoch: int) -> list[bytes]:
-    """Each augmented image of one epoch."""
-    loader.batch_sampler.set_epoch(epoch)
-    return [image.numpy().tobytes() for images, _ in loader for image in images]
-
-
 def joined(lists) -> list:
     """The lists' items in one list."""
     return list(itertools.chain.from_iterable(lists))
@@ -63,24 +65,23 @@ def joined(lists) -> list:
 
 
 def test_batches_have_the_promised_form(split):
-    loader = make(split, augment="none")
-    loader.batch_sampler.set_epoch(1)
-    batches = list(loader)
-    assert [len(labels) for _, labels in batches] == [16, 16, 16, 16, 6] and len(loader) == 5
+    batches = list(make(split, augment="none"))
+    assert [len(labels) for _, labels in batches] == [16, 16, 16, 16, 6]
     for images, labels in batches:
         assert images.dtype == torch.uint8 and images.shape == (len(labels), 32, 32, 3)
         assert labels.dtype == torch.int64 and images.is_contiguous()
         np.testing.assert_array_equal(images.numpy(), split.images[labels.numpy()])
 
 
-def test_iterating_changes_neither_the_split_nor_the_global_random_states(split):
-    def state():
-        states = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
-        return *states, split.images.tobytes()
+def random_states() -> tuple:
+    """The states of the global generators of Python, NumPy and torch."""
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
-    before = state()
+
+def test_iterating_changes_neither_the_split_nor_the_global_random_states(split):
+    images, states = split.images.copy(), random_states()
     list(make(split))
-    assert state() == before
+    assert random_states() == states and (split.images == images).all()
 
 
 # Order
@@ -125,13 +126,13 @@ def test_impossible_positions_are_refused(split, epoch, start):
 
 def test_draws_differ_within_and_between_batches_epochs_seeds_and_ranks(one_image):
     """Of 96 images about 6 get no transform at all and a few a flip alone; all others must differ."""
-    runs = [
-        draws(make(one_image), 1),
-        draws(make(one_image), 2),
-        draws(make(one_image, seed=4), 1),
-        draws(make(one_image, rank=0, world_size=2), 1),
-        draws(make(one_image, rank=1, world_size=2), 1),
-    ]
+    two = {"world_size": 2}
+    settings = ({}, 1), ({}, 2), ({"seed": 4}, 1), ({**two, "rank": 0}, 1), ({**two, "rank": 1}, 1)
+    runs = []
+    for options, epoch in settings:
+        loader = make(one_image, **options)
+        loader.batch_sampler.set_epoch(epoch)
+        runs.append([image.numpy().tobytes() for images, _ in loader for image in images])
     plain = one_image.images[0]
     ordinary = {plain.tobytes(), plain[:, ::-1].tobytes()}
     # Rank 0 of two shares its stream's start with rank 0 of one: the same seed, epoch, batch and rank.
@@ -217,42 +218,6 @@ def test_workers_persist_ignore_ctrl_c_and_keep_to_one_thread(split):
     assert {(ignored, threads) for _, _, ignored, threads in seen[0]} == {(True, 1)}
 
 
-def test_workers_end_when_the_training_process_is_killed(tmp_path):
-    program = f"""
-import sys, time
-sys.path.insert(0, {str(Path(utils.__file__).parent)!r})
-import numpy as np
-from cifar.dataset import Split
-from utils import make_train_loader
-split = Split(images=np.zeros((64, 32, 32, 3), np.uint8), labels=np.arange(64))
-loader = make_train_loader(split, batch_size=4, seed=0, workers=1, multiprocessing_context="fork")
-batches = iter(loader)
-next(batches)
-print(batches._workers[0].pid, flush=True)
-time.sleep(60)
-"""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path
-    )
-    worker = int(parent.stdout.readline())
-    assert is_running(worker)
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 20  # torch's workers look for their parent every 5 s
-    while is_running(worker) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    parent.stdout.close()
-    assert not is_running(worker)
-
-
-def is_running(process: int) -> bool:
-    """Whether the process exists and is not a zombie that nobody has waited for."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 # Normalisation and test batches
 
 
@@ -275,3 +240,175 @@ def test_test_batches_are_the_split_in_order_normalised_once(split):
     torch.testing.assert_close(torch.cat([images for images, _ in batches]), whole)
     batches[0][1].fill_(-1)  # a copy: the split's labels stay
     assert split.labels.min() == 0
+
+
+# The LR finder's suggestions
+
+STORED = Path(__file__).resolve().parent / "expected" / "lr_range_test.json"
+RATES = np.logspace(-4, 0, 200)
+EXPONENT = np.log10(RATES)
+
+
+def fall(at: float, depth: float = 1.0, width: float = 0.1) -> np.ndarray:
+    """A loss that falls by `depth` around the rate 10 ** at."""
+    return -depth / (1 + np.exp(-(EXPONENT - at) / width))
+
+
+def rise(at: float) -> np.ndarray:
+    """A loss that rises beyond the rate 10 ** at, faster and faster."""
+    return 3 * np.maximum(0, EXPONENT - at) ** 2
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_it_suggests_the_steepest_descent(rate: float, noise: float) -> None:
+    losses = 4.6 + fall(math.log10(rate)) + rise(-0.3) + np.random.default_rng(0).normal(0, noise, 200)
+    suggested, method = suggest_lr(RATES, losses)
+    assert method.startswith("steepest")
+    assert suggested == pytest.approx(rate, rel=0.05 if noise == 0 else 0.3)
+
+
+def test_it_falls_back_on_a_tenth_of_the_highest_rate_with_the_lowest_loss() -> None:
+    losses = 4.6 + fall(-3) + fall(-1, depth=0.3, width=0.4) + rise(math.log10(0.5))
+    suggested, method = suggest_lr(RATES, losses)
+    as_good_as_lowest = losses <= losses.min() + VALLEY * (losses[0] - losses.min())
+    assert method.startswith("fallback")
+    assert suggested == pytest.approx(RATES[as_good_as_lowest].max() / 10, rel=0.15)
+    assert not as_good_as_lowest[-1]  # the loss rose again before the end
+
+
+def test_if_both_are_out_of_bounds_it_suggests_the_default_and_says_so() -> None:
+    suggested, method = suggest_lr(RATES, 4.6 + fall(-3) + rise(-2.5))
+    assert suggested == DEFAULT_LR == 0.1
+    assert method.startswith("the default: 1.0e-03 and") and "outside 0.01 to 0.3" in method
+
+
+def test_a_loss_that_never_fell_or_is_not_finite_suggests_the_default() -> None:
+    for losses in (4.6 + 0 * RATES, 4.6 + rise(-4), 4.6 + fall(-1, depth=0.05), 4.6 + EXPONENT):
+        assert suggest_lr(RATES, losses) == (DEFAULT_LR, "the default: the loss never fell")
+    for bad in (math.nan, math.inf):
+        for losses in ([bad] * 200, [4.6, 4.5, bad] + [4.0] * 197, [], [4.6] * 9):
+            suggested, method = suggest_lr(RATES[: len(losses)], losses)
+            assert suggested == DEFAULT_LR and "NaN" in method
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_what_comes_after_an_explosion_changes_nothing(bad: float) -> None:
+    losses = 4.6 + fall(math.log10(0.05)) + rise(-0.5)
+    expected, _ = suggest_lr(RATES, losses)
+    losses[190:] = bad
+    suggested, method = suggest_lr(RATES, losses)
+    assert suggested == pytest.approx(expected, rel=0.05) and method.startswith("steepest")
+
+
+def test_a_range_test_on_cifar100_suggests_the_references_rate() -> None:
+    stored = json.loads(STORED.read_text("utf-8"))
+    suggested, method = suggest_lr(stored["learning_rates"], stored["losses"])
+    assert method.startswith("fallback") and f"{suggested:.2e}" == "1.00e-01"
+
+
+def test_smoothing_keeps_a_straight_line_and_reduces_noise() -> None:
+    line = np.linspace(1, 3, 200)
+    np.testing.assert_allclose(smooth(line)[20:-20], line[20:-20], rtol=1e-9)
+    noise = np.random.default_rng(0).normal(0, 1, 200)
+    assert smooth(noise).std() < 0.4 * noise.std()
+    assert smooth([2.0]).tolist() == [2.0]
+
+
+# The range test
+
+
+def small_net() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+        return nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(8 * 8 * 8, 10))
+
+
+def loader_of(workers: int = 0, count: int = 40, **ranks: int) -> DataLoader:
+    draws = np.random.default_rng(0)
+    split = Split(draws.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % 10)
+    return make(split, workers=workers, **ranks)
+
+
+def run_finder(model: nn.Module, loader: DataLoader, **options: object) -> LRFinderResult:
+    recipe = Recipe(lr=0.05)
+    options = {"criterion": recipe.build_criterion(), "iterations": 30, **options}
+    return find_lr(model, build_optimizer=recipe.build_optimizer, loader=loader, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_network_random_states_and_loader_are_unchanged(workers: int) -> None:
+    model, loader = small_net().to(memory_format=torch.channels_last), loader_of(workers)
+    before, states = copy.deepcopy(model.state_dict()), random_states()
+    found = run_finder(model, loader)
+    assert random_states() == states
+    assert model.training and all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (loader.batch_sampler.epoch, loader.batch_sampler.start_batch) == (1, 0)
+    for (images, labels), (fresh, fresh_labels) in zip(loader, loader_of(), strict=True):
+        assert torch.equal(images, fresh) and torch.equal(labels, fresh_labels)
+    assert min(found.losses) != max(found.losses)  # it did train something
+
+
+def test_rates_rise_exponentially_from_1e_4_to_1(capsys: pytest.CaptureFixture) -> None:
+    found = run_finder(small_net(), loader_of(), iterations=40)
+    count = len(found.learning_rates)  # it stops early where the loss explodes
+    assert count > 20
+    assert found.learning_rates == pytest.approx(np.logspace(-4, 0, 40)[:count].tolist(), rel=1e-6)
+    assert len(found.losses) == len(found.smoothed) == count
+    assert (found.suggested_lr, found.method) == suggest_lr(found.learning_rates, found.losses)
+    for words in (f"{found.suggested_lr:.2e}", found.method, "(lowest)", "over learning rates 1e-04 to "):
+        assert words in found.summary
+    whole = run_finder(small_net(), loader_of(), iterations=25, start_lr=1e-5, end_lr=1e-3)
+    assert whole.learning_rates == pytest.approx(np.logspace(-5, -3, 25).tolist(), rel=1e-6)
+    assert capsys.readouterr() == ("", "")  # no bar without a terminal, none of the library's remarks
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_several_processes_it_finds_what_one_process_finds(workers: int) -> None:
+    loader = loader_of(workers, rank=0, world_size=2)
+    assert run_finder(small_net(), loader) == run_finder(small_net(), loader_of())
+    assert [len(labels) for _, labels in loader] == [8, 8, 4]  # training still gets this rank's part
+
+
+@pytest.mark.parametrize(("count", "size"), [(40, 16), (32, 16), (17, 16), (15, 15), (1000, 16)])
+def test_it_uses_full_batches_where_there_are_any(count: int, size: int) -> None:
+    seen, loader = [], loader_of(count=count)
+
+    def criterion(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(labels.tolist())
+        return nn.functional.cross_entropy(logits, labels)
+
+    run_finder(small_net(), loader, criterion=criterion, iterations=6)
+    assert [len(labels) for labels in seen] == [size] * 6
+    loader.batch_sampler.set_epoch(0)
+    epoch = [labels.tolist() for _, labels in loader]
+    full = [labels for labels in epoch if len(labels) == size]
+    assert seen == [full[number % len(full)] for number in range(6)]
+    loader.batch_sampler.set_epoch(1)
+    assert len(loader) == math.ceil(count / 16)  # training has the ragged batch too
+
+
+def test_it_runs_at_the_runs_precision() -> None:
+    losses = [run_finder(small_net(), loader_of(), precision=p, end_lr=1e-3).losses for p in ("fp32", "bf16")]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_network_with_nan_weights_gives_the_default_without_numeric_warnings() -> None:
+    model = small_net()
+    model[5].bias.data.fill_(math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = run_finder(model, loader_of())
+        summary = found.summary
+    assert found.suggested_lr == DEFAULT_LR and "NaN" in found.method
+    assert "NaN" in summary and "\n" not in summary
+
+
+def test_it_stops_where_the_loss_explodes_and_works_without_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    found = run_finder(small_net(), loader_of(), end_lr=1e6, iterations=60)
+    assert len(found.losses) < 60
+    assert 0.01 <= found.suggested_lr <= 0.3

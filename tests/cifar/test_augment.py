@@ -3,6 +3,7 @@
 import math
 import pickle
 import random
+from collections import Counter
 
 import albumentations as A
 import cv2
@@ -45,6 +46,7 @@ def test_fast_path_returns_the_bytes_of_the_library_and_leaves_the_input_alone(n
         assert after.dtype == np.uint8 and after.shape == (32, 32, 3)
         np.testing.assert_array_equal(after, plain(image=image)["image"])
         np.testing.assert_array_equal(image, before)
+        assert name != "none" or (after == before).all()
 
 
 def test_reference_returns_the_bytes_of_plain_albumentations_transforms(bright_images):
@@ -52,9 +54,7 @@ def test_reference_returns_the_bytes_of_plain_albumentations_transforms(bright_i
         [
             A.HorizontalFlip(p=0.5),
             A.Affine(translate_percent=(-0.1, 0.1), scale=(0.9, 1.1), rotate=(-15, 15), p=0.5),
-            A.CoarseDropout(
-                num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16), p=0.5
-            ),
+            A.CoarseDropout((1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16), p=0.5),
             A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, p=0.5),
         ]
     )
@@ -109,74 +109,18 @@ def test_the_seed_determines_all_draws_at_any_depth(name, bright_images):
     assert (run(pipeline, 6) != first).any(axis=(1, 2, 3)).mean() > 0.8
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_generator_reaches_every_transform(name):
-    pipeline = augment.train_transform(name)
-    pipeline.set_random_seed(1)
-
-    def walk(transforms):
-        for transform in transforms:
-            yield transform
-            yield from walk(transform.transforms if isinstance(transform, A.BaseCompose) else [])
-
-    for transform in walk(pipeline.transforms):
-        assert transform.random_generator is pipeline.random_generator
-        assert transform.py_random is pipeline.py_random
-
-
 def test_transforms_are_applied_independently_right_after_seeding(bright_images):
     """The library's own seeding fails this: a first image gets all transforms of one probability or none."""
     pipeline = fast.Pipeline([fast.HorizontalFlip(p=0.5), A.InvertImg(p=0.5)])
-    counts = {(flipped, inverted): 0 for flipped in (False, True) for inverted in (False, True)}
-    image = bright_images[0]
-    variants = {
-        (flipped, inverted): (255 - image if inverted else image)[:, :: -1 if flipped else 1].tobytes()
-        for flipped, inverted in counts
-    }
+    image, counts = bright_images[0], Counter()
     for seed in range(400):
         pipeline.set_random_seed(seed)
-        result = pipeline.augment(image).tobytes()
-        counts[next(key for key, bytes_ in variants.items() if bytes_ == result)] += 1
+        counts[pipeline.augment(image).tobytes()] += 1
+    assert len(counts) == 4
     assert min(counts.values()) > 60  # 100 expected, standard deviation 8.7
 
 
 # The unpublished augmentations
-
-
-def test_affine_stays_within_its_bounds():
-    transform = only("reference", 1).transforms[0]
-    matrices = np.stack([transform._draw_matrix(32, 32) for _ in range(2000)])
-    linear = matrices[:, :, :2]
-    scales = np.linalg.norm(linear, axis=1)  # length of each column: scale in x, in y
-    angles = np.degrees(np.arctan2(linear[:, 0, 1], linear[:, 1, 1]))
-    centre = np.array([15.5, 15.5])
-    shifts = linear @ centre + matrices[:, :, 2] - centre
-    for values, low, high in ((scales, 0.9, 1.1), (angles, -15, 15), (shifts, -3, 3)):
-        margin = 0.02 * (high - low)
-        assert low - 1e-9 <= values.min() < low + margin  # never outside, and nearly reached
-        assert high - margin < values.max() <= high + 1e-9
-    np.testing.assert_allclose(shifts, np.round(shifts), atol=1e-9)  # whole pixels, at most int(3.2)
-    np.testing.assert_allclose((linear[:, :, 0] * linear[:, :, 1]).sum(axis=1), 0, atol=1e-12)  # no shear
-    assert abs(np.corrcoef(scales.T)[0, 1]) < 0.1  # x and y are scaled independently
-
-
-def test_hole_is_one_black_square_anywhere_inside(bright_images):
-    pipeline = only("reference", 2, p=1)
-    corners = set()
-    for image in np.repeat(bright_images, 5, axis=0):
-        result = pipeline.augment(image)
-        hole = (result == 0).all(axis=2)
-        top, left = np.argwhere(hole)[0]
-        assert hole.sum() == 16 * 16 and hole[top : top + 16, left : left + 16].all()
-        np.testing.assert_array_equal(result[~hole], image[~hole])
-        corners.add((int(top), int(left)))
-    tops, lefts = zip(*corners, strict=True)
-    assert {min(tops), min(lefts)} == {0} and {max(tops), max(lefts)} == {16}
-
-
-def test_none_changes_nothing(bright_images):
-    pipeline = augment.train_transform("none")
-    assert all((pipeline.augment(image) == image).all() for image in bright_images[:20])
 
 
 def test_standard_is_a_crop_of_the_padded_image_or_its_mirror(bright_images):
@@ -280,22 +224,19 @@ def test_geometric_operations_move_by_their_strength_both_ways(name, fraction, v
             "Rotate": math.degrees(math.atan2(matrix[0, 1], matrix[0, 0])),
         }
         found.append(entry[name])
-        if not name.startswith("Translate"):
-            np.testing.assert_allclose(shift, 0, atol=1e-9)
-        else:
-            np.testing.assert_allclose(matrix, np.eye(2))
+        unchanged, expected = (matrix, np.eye(2)) if name.startswith("Translate") else (shift, 0)
+        np.testing.assert_allclose(unchanged, expected, atol=1e-9)
         assert transform.interpolation == cv2.INTER_NEAREST and transform.fill == augment.MEAN_COLOUR
     np.testing.assert_allclose(sorted(found), [-value, value], atol=1e-9)
 
 
-def test_policies_apply_one_hole_of_the_mean_colour_to_every_image(bright_images):
-    for name in ("autoaugment", "randaugment", "trivialaugment"):
-        pipeline = augment.train_transform(name)
-        pipeline.set_random_seed(0)
-        for image in bright_images[:50]:
-            filled = (pipeline.augment(image) == augment.MEAN_COLOUR).all(axis=2)
-            squares = cv2.erode(np.pad(filled, 8).astype(np.uint8), np.ones((16, 16), np.uint8))
-            assert squares.any()
+@pytest.mark.parametrize("name", ["autoaugment", "randaugment", "trivialaugment"])
+def test_policies_apply_one_hole_of_the_mean_colour_to_every_image(name, bright_images):
+    pipeline = augment.train_transform(name)
+    pipeline.set_random_seed(0)
+    for image in bright_images[:50]:
+        filled = (pipeline.augment(image) == augment.MEAN_COLOUR).all(axis=2)
+        assert cv2.erode(np.pad(filled, 8).astype(np.uint8), np.ones((16, 16), np.uint8)).any()
 
 
 def test_policies_have_their_number_of_operations():
@@ -321,11 +262,12 @@ def test_trivialaugment_reaches_its_wide_range(bright_images):
 # Wrong names
 
 
-WRONG = ("", "Reference", "cutout", "standard:1,2")
-WRONG_NUMBERS = ("", "0,5", "2,31", "two,3", "1", "1,2,3")
+NUMBERS = ("", "0,5", "2,31", "two,3", "1", "1,2,3")
 
 
-@pytest.mark.parametrize("name", [*WRONG, *(f"randaugment:{numbers}" for numbers in WRONG_NUMBERS)])
+@pytest.mark.parametrize(
+    "name", ["", "Reference", "cutout", "standard:1,2", *(f"randaugment:{numbers}" for numbers in NUMBERS)]
+)
 def test_wrong_names_are_refused_in_one_line(name):
     with pytest.raises(UsageError) as caught:
         augment.train_transform(name)

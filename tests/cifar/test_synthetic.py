@@ -44,12 +44,9 @@ def test_every_name_says_synthetic_and_a_class_is_named_after_its_family(data):
     assert np.bincount(data.superclass_of).tolist() == [5] * 20
 
 
-def test_no_image_occurs_twice_nor_in_both_splits(data):
+def test_no_image_occurs_twice_and_one_class_alone_gives_the_same_images(data):
     images = np.concatenate([data.train.images, data.test.images])
     assert len({image.tobytes() for image in images}) == 12_000
-
-
-def test_one_class_alone_gives_the_same_images(data):
     alone = synthetic.draw_class(37, synthetic.TEST_PER_CLASS, split=1)
     assert np.array_equal(alone, data.test.images[data.test.labels == 37])
 

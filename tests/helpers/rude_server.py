@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.server
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,13 @@ MD5 = hashlib.md5(GOOD).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers the path /KIND/... by `serve_KIND`."""
+    """Answers the path /KIND/... as ANSWERS[KIND] says."""
 
     def do_GET(self) -> None:
         kind = self.path.split("/")[1].split("?")[0]
         self.server.asked.append((kind, self.headers.get("Range")))
         with contextlib.suppress(OSError):  # the client may leave
-            getattr(self, f"serve_{kind}")()
+            ANSWERS[kind](self)
 
     @property
     def start(self) -> int:
@@ -40,10 +41,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_range(self, content: bytes = GOOD, count: int | None = None) -> None:
         """Promise the range that was asked for, and send its first `count` bytes (None: all)."""
         rest = content[self.start :]
-        span = (
-            {"Content_Range": f"bytes {self.start}-{len(content) - 1}/{len(content)}"} if self.start else {}
-        )
-        self.send(rest[:count], len(rest), 206 if span else 200, **span)
+        if self.start:
+            span = f"bytes {self.start}-{len(content) - 1}/{len(content)}"
+            self.send(rest[:count], len(rest), 206, Content_Range=span)
+        else:
+            self.send(rest[:count], len(rest))
 
     def drip(self, content: bytes, step: int) -> None:
         """Send `step` bytes 20 times a second."""
@@ -53,68 +55,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.server.stop.wait(0.05):
                 return
 
-    def serve_good(self) -> None:
-        self.send_range()
+    def log_message(self, *_: object) -> None:
+        """Keep the test log clean."""
 
-    def serve_norange(self) -> None:
-        self.send(GOOD, len(GOOD))
-
-    def serve_norange_truncated(self) -> None:
-        self.send(GOOD[:50_000], len(GOOD))
-
-    def serve_refuses_range(self) -> None:
-        self.send_error(416) if self.start else self.serve_norange()
-
-    def serve_wrong_range(self) -> None:
-        self.send(GOOD[10:], len(GOOD) - 10, 206, Content_Range=f"bytes 10-{len(GOOD) - 1}/{len(GOOD)}")
-
-    def serve_truncated(self) -> None:
-        self.send_range(count=60_000)
-
-    def serve_corrupt(self) -> None:
-        self.send_range(BAD)
-
-    def serve_longer(self) -> None:
-        self.send_range(GOOD + b"more")
-
-    def serve_lengthless(self) -> None:
-        self.send(GOOD, None)
-
-    def serve_login(self) -> None:
-        self.send(b"<html>please sign in</html>", None)
-
-    def serve_missing(self) -> None:
-        self.send_error(404)
-
-    def serve_redirect(self) -> None:
-        self.send(b"", 0, 302, Location="/good/moved.tar.gz")
-
-    def serve_loop(self) -> None:
-        self.send(b"", 0, 302, Location=self.path + "x")
-
-    def serve_redirect_to_file(self) -> None:
-        self.send(b"", 0, 302, Location=Path(__file__).as_uri())
-
-    def serve_rude(self) -> None:
-        self.wfile.write(b"\x1b[31m\r\n\r\nnonsense")
-
-    def serve_silent(self) -> None:
-        self.server.stop.wait(20)
-
-    def serve_endless_head(self) -> None:
-        self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Padding: ")
-        self.drip(b"x" * 400, 1)
-
-    def serve_stall(self) -> None:
-        self.send_range(count=70_000)
-        self.server.stop.wait(20)
-
-    def serve_slow(self, step: int = 4_000) -> None:
+    def send_slowly(self, step: int) -> None:
+        """Send the range that was asked for, `step` bytes 20 times a second."""
         self.send_range(count=0)
         self.drip(GOOD[self.start :], step)
 
-    def serve_slower(self) -> None:
-        self.serve_slow(1_000)
+    def send_endless_head(self) -> None:
+        """Send a head that never ends."""
+        self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Padding: ")
+        self.drip(b"x" * 400, 1)
 
-    def log_message(self, *_: object) -> None:
-        """Keep the test log clean."""
+    def stall(self) -> None:
+        """Stop after 70,000 bytes without closing the connection."""
+        self.send_range(count=70_000)
+        self.server.stop.wait(20)
+
+
+OTHER_RANGE = {"Content_Range": f"bytes 10-{len(GOOD) - 1}/{len(GOOD)}"}
+ANSWERS: dict[str, Callable[[Handler], None]] = {
+    "good": Handler.send_range,
+    "norange": lambda h: h.send(GOOD, len(GOOD)),
+    "norange_truncated": lambda h: h.send(GOOD[:50_000], len(GOOD)),
+    "refuses_range": lambda h: h.send_error(416) if h.start else h.send(GOOD, len(GOOD)),
+    "wrong_range": lambda h: h.send(GOOD[10:], len(GOOD) - 10, 206, **OTHER_RANGE),
+    "truncated": lambda h: h.send_range(count=60_000),
+    "corrupt": lambda h: h.send_range(BAD),
+    "longer": lambda h: h.send_range(GOOD + b"more"),
+    "lengthless": lambda h: h.send(GOOD, None),
+    "login": lambda h: h.send(b"<html>please sign in</html>", None),
+    "missing": lambda h: h.send_error(404),
+    "redirect": lambda h: h.send(b"", 0, 302, Location="/good/moved.tar.gz"),
+    "loop": lambda h: h.send(b"", 0, 302, Location=h.path + "x"),
+    "redirect_to_file": lambda h: h.send(b"", 0, 302, Location=Path(__file__).as_uri()),
+    "rude": lambda h: h.wfile.write(b"\x1b[31m\r\n\r\nnonsense"),
+    "silent": lambda h: h.server.stop.wait(20),
+    "endless_head": Handler.send_endless_head,
+    "stall": Handler.stall,
+    "slow": lambda h: h.send_slowly(4_000),
+    "slower": lambda h: h.send_slowly(1_000),
+}
