@@ -65,7 +65,7 @@ from training.run import Interrupted, Run, RunFiles, SavedRun, choose_files, loc
 from training.settings import DEFAULT_NAME, Settings, build_parser
 from training.techniques import bn_update_batches, build_techniques
 from training.tensorboard_log import TensorBoard, import_writer
-from utils import DEFAULT_LR, find_lr, make_test_batches, make_train_loader
+from utils import DEFAULT_LR, find_lr, make_test_batches, make_train_loader, worker_error
 
 # On a GPU an epoch takes seconds: the curves are then drawn at most this often, and always at the end.
 PLOT_EVERY_S = 5.0
@@ -93,6 +93,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         except Interrupted:
             return interrupts.exit_code
+        except RuntimeError as error:  # when a worker dies, torch raises it wherever the main process is
+            if (known := worker_error(error)) is None:
+                raise
+            raise known from None
         except KeyboardInterrupt:
             print("\nInterrupted; there was nothing to save.", file=sys.stderr)
             return interrupts.exit_code

@@ -11,6 +11,7 @@ import functools
 import io
 import math
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch_lr_finder import LRFinder
 
 from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
-from core.errors import UsageError
+from core.cli import LOG
+from core.errors import RunError, UsageError
 from core.machine import autocast
 
 # The random streams of a run: entries of SeedSequence's spawn key, as are epoch, batch and rank. Sums of seed
@@ -43,6 +45,8 @@ LR_BOUNDS = (0.01, 0.3)
 # smoothed loss stays within this fraction of its fall, and the fallback uses the valley's far end.
 VALLEY = 0.05
 DEFAULT_LR = 0.1
+MAX_PREFETCH = 4  # batches that each worker prepares ahead
+BYTES_PER_IMAGE = 32 * 32 * 3 + 8  # with its label, as workers pass them
 
 
 class BatchRequest(NamedTuple):
@@ -135,7 +139,12 @@ class TrainDataset(Dataset):
         images = self.images[request.indices]
         for image in images:
             image[...] = self.transform.augment(image)
-        return torch.from_numpy(images), torch.from_numpy(self.labels[request.indices])
+        batch = torch.from_numpy(images), torch.from_numpy(self.labels[request.indices])
+        if get_worker_info() is not None:
+            # here, where a failure reaches the main process: in the queue's own thread it would be lost
+            for tensor in batch:
+                tensor.share_memory_()
+        return batch
 
 
 def make_train_loader(
@@ -171,6 +180,8 @@ def make_train_loader(
     if len(sampler) == 0:
         raise UsageError(f"{len(split)} training images are too few for {world_size} processes")
     cv2.setNumThreads(0)  # threads only cost time on 32x32 images
+    prefetch = choose_prefetch(workers, BYTES_PER_IMAGE * batch_size) if workers else 0
+    workers = workers if prefetch else 0
     return DataLoader(
         TrainDataset(split, augment, seed, rank),
         batch_sampler=sampler,
@@ -178,18 +189,60 @@ def make_train_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=prefetch or None,
         worker_init_fn=_start_worker,
         multiprocessing_context=multiprocessing_context if workers else None,
         generator=torch.Generator().manual_seed(0),  # for torch's own worker seeds, which nothing here uses
     )
 
 
+def choose_prefetch(workers: int, batch_bytes: int) -> int:
+    """How many batches each worker prepares ahead: MAX_PREFETCH, or fewer where shared memory is short.
+
+    Args:
+        batch_bytes: of a batch over all ranks.
+
+    Returns:
+        0 where /dev/shm, through which workers pass batches on Linux, has no room for one batch each.
+    """
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return MAX_PREFETCH
+    room = int(0.8 * free / batch_bytes) - 2  # beside the batch in training and the one before it
+    prefetch = max(0, min(MAX_PREFETCH, room // workers))
+    if prefetch < MAX_PREFETCH:
+        instead = (
+            f"each worker prepares {prefetch} batches ahead"
+            if prefetch
+            else "the training process makes batches"
+        )
+        LOG.info(
+            f"/dev/shm has {free >> 20} MiB left for batches: {instead} (docker run --shm-size=1g helps)"
+        )
+    return prefetch
+
+
 def _start_worker(_number: int) -> None:
-    """Leave Ctrl-C to the main process, which ends workers by SIGTERM; limit OpenCV to one thread."""
+    """Leave signals to the main process; limit OpenCV to one thread.
+
+    A SIGTERM to the whole process group must not end workers before the main process has saved its state:
+    it ends them ten seconds later, if the main process has not done so by then.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker inherits the main process's handler
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
     cv2.setNumThreads(0)
+
+
+def worker_error(error: RuntimeError) -> RunError | None:
+    """What to tell the user where `error` means that a DataLoader worker failed; None for other errors."""
+    if not any(sign in str(error) for sign in ("DataLoader worker", "shared memory")):
+        return None
+    return RunError(
+        "a data loader worker failed: if /dev/shm is full (docker run --shm-size=1g gives more) or memory is "
+        "short, pass fewer --workers, or --workers 0"
+    )
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import albumentations as A
 import cv2
@@ -412,3 +413,42 @@ def test_it_stops_where_the_loss_explodes_and_works_without_stderr(monkeypatch: 
     found = run_finder(small_net(), loader_of(), end_lr=1e6, iterations=60)
     assert len(found.losses) < 60
     assert 0.01 <= found.suggested_lr <= 0.3
+
+
+# ---- workers that fail ----
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "batch_mib", "workers", "prefetch"),
+    [(1000, 1, 4, 4), (64, 12, 4, 0), (64, 4, 4, 2), (64, 4, 1, 4), (0, 1, 1, 0)],
+)
+def test_fewer_batches_are_prefetched_where_shared_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, free_mib: int, batch_mib: int, workers: int, prefetch: int
+) -> None:
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=free_mib << 20))
+    assert utils.choose_prefetch(workers, batch_mib << 20) == prefetch
+
+
+def test_without_room_for_a_batch_the_training_process_makes_them(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert make(split, workers=2).num_workers == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the worker must inherit the fault")
+def test_a_worker_that_cannot_share_a_batch_is_an_error_not_a_wait(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tensor: torch.Tensor) -> None:
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(make(split, workers=1, multiprocessing_context="fork")))
+    error = utils.worker_error(caught.value)
+    assert "/dev/shm" in str(error) and "--workers 0" in str(error) and "\n" not in str(error)
+    assert utils.worker_error(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    assert utils.worker_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
