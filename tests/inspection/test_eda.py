@@ -17,9 +17,7 @@ def noise(count: int, seed: int = 0) -> np.ndarray:
     return coarse.repeat(4, axis=1).repeat(4, axis=2)
 
 
-@pytest.fixture
-def unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CIFAR-100 is unavailable; the synthetic set is a small one."""
+def test_synthetic_images_stand_in_under_their_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.tile(np.arange(100, dtype=np.int64), 8)
     split = Split(np.zeros((800, 32, 32, 3), np.uint8), labels)
     names = tuple(str(label) for label in range(100))
@@ -30,9 +28,6 @@ def unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
         return ImageData(name, split, split, names, names[:20], np.arange(100) // 5)
 
     monkeypatch.setattr(eda, "load_dataset", load)
-
-
-def test_synthetic_images_stand_in_under_their_own_name(unavailable: None) -> None:
     data = eda.load_images("cifar100", "nowhere")
     assert (data.name, len(data.train), len(data.test)) == ("synthetic", 800, 800)
     data = eda.load_images("cifar100", "nowhere", 500)
