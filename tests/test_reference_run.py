@@ -16,7 +16,7 @@ FOLDER = REPOSITORY / "docs" / "reference_run"
 TABLE = ("epoch", "learning_rate", "train_loss", "train_acc_percent", "test_loss", "test_acc_percent")
 
 
-def test_the_weights_are_small_load_without_running_code_and_hold_the_committed_history() -> None:
+def test_the_weights_are_small_and_safe_and_hold_the_committed_history_and_recipe() -> None:
     assert CARRIED_WEIGHTS.stat().st_size < 4_000_000
     torch.load(CARRIED_WEIGHTS, weights_only=True)
     state = load_checkpoint(CARRIED_WEIGHTS)
@@ -29,10 +29,7 @@ def test_the_weights_are_small_load_without_running_code_and_hold_the_committed_
     best = max(table, key=lambda row: row["test_acc_percent"])
     assert state["epoch"] == best["epoch"]
     assert state["accuracy_percent"] == pytest.approx(best["test_acc_percent"])
-
-
-def test_the_recipe_is_the_default_one_for_100_epochs() -> None:
-    recipe = Recipe.from_dict(load_checkpoint(CARRIED_WEIGHTS)["recipe"])
+    recipe = Recipe.from_dict(state["recipe"])
     assert json.loads((FOLDER / "recipe.json").read_text("utf-8")) == recipe.to_dict()
     assert recipe == Recipe(epochs=100, precision=recipe.precision)
 

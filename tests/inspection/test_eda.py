@@ -42,7 +42,6 @@ def test_channel_statistics_are_those_of_the_pixels() -> None:
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
     images[..., 1] //= 2  # so that swapped channels show
     histogram = eda.level_histogram(images)
-    assert histogram.shape == (3, 256) and (histogram.sum(axis=1) == 7 * 32 * 32).all()
     mean, std = eda.channel_statistics(histogram)
     np.testing.assert_allclose(mean, (images / 255).mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, (images / 255).std(axis=(0, 1, 2)), rtol=1e-12)

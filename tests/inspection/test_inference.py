@@ -59,15 +59,15 @@ def test_views_are_ten_different_ones_and_the_first_is_the_image_itself() -> Non
     assert all(torch.equal(seen[5 + n], seen[n].flip(3)) for n in range(5)), "and their mirror images"
 
 
-@pytest.mark.parametrize("views", [VIEWS[:1], VIEWS[4:6]])
-def test_probabilities_are_averaged_not_logits(network, batches, views) -> None:
+def test_probabilities_are_averaged_not_logits(network, batches) -> None:
+    views = VIEWS[4:6]
     averaged = averaged_log_probabilities(network, batches, views=views)
     each = []
     for view in views:
         _, logits = logits_of(network, [(shifted(images, *view), labels) for images, labels in batches])
         each.append(logits.double().softmax(1))
     torch.testing.assert_close(averaged.exp(), sum(each) / len(each), rtol=1e-12, atol=0)
-    assert len(views) == 1 or not torch.allclose(each[0], each[1], rtol=1e-3)
+    assert not torch.allclose(each[0], each[1], rtol=1e-3)
 
 
 def test_an_image_and_its_mirror_image_get_the_same_average(network, batches) -> None:

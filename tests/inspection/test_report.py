@@ -116,8 +116,8 @@ def test_few_mistakes_are_drawn_and_none_are_said(evaluated: Evaluated, wrong: i
     figures = draw_figures(evaluation)
     html = render_page(evaluation, "", figures)
     assert ("confidently_wrong" in figures) == (wrong > 0)
-    assert ("No image was misclassified." in html) == ("No class was predicted as another." in html)
-    assert ("No image was misclassified." in html) == (wrong == 0)
+    for text in ("No image was misclassified.", "No class was predicted as another."):
+        assert (text in html) == (wrong == 0)
     assert html.count("predicted: ") == wrong
 
 
