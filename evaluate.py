@@ -58,29 +58,17 @@ def build_parser() -> Parser:
     images = parser.add_argument_group("test images")
     add_data_folder(images)
     which = images.add_mutually_exclusive_group()
-    which.add_argument(
-        "--limit-test",
-        type=whole_number(1),
-        metavar="N",
-        help="test on a class-balanced subset of N images (default: the images the run was tested on)",
-    )
-    which.add_argument(
-        "--all-test", action="store_true", help="test on all images, even if the run used a subset"
-    )
+    text = "test on a class-balanced subset of N images (default: the images the run was tested on)"
+    which.add_argument("--limit-test", type=whole_number(1), metavar="N", help=text)
+    text = "test on all images, even if the run used a subset"
+    which.add_argument("--all-test", action="store_true", help=text)
     how = parser.add_argument_group("method")
-    how.add_argument(
-        "--tta",
-        action="store_true",
-        help=f"also average the probabilities over {len(VIEWS)} views of each image: shifted by a pixel in "
-        f"four directions or not, mirrored or not ({len(VIEWS)} times the work)",
-    )
+    text = f"also average the probabilities over {len(VIEWS)} views of each image: shifted by a pixel in "
+    text += f"four directions or not, mirrored or not ({len(VIEWS)} times the work)"
+    how.add_argument("--tta", action="store_true", help=text)
     add_processor(how)
-    how.add_argument(
-        "--batch-size",
-        type=whole_number(1),
-        metavar="N",
-        help="images per batch (default: as the run was tested)",
-    )
+    text = "images per batch (default: as the run was tested)"
+    how.add_argument("--batch-size", type=whole_number(1), metavar="N", help=text)
     results = parser.add_argument_group("results")
     results.add_argument("--name", type=plain_name, help="start of the file names (default: the run's name)")
     results.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics as JSON")
@@ -140,9 +128,8 @@ def run_test(args: argparse.Namespace, trained: LoadedModel, device: torch.devic
     set_up_torch(recipe.seed, device, deterministic=False)  # as train.py, so that the kernels are the same
     data = load_dataset(recipe.dataset, args.data_dir, url=args.data_url)
     if data.classes != trained.classes or data.superclass_of.tolist() != list(trained.superclass_of):
-        raise RunError(
-            f"{trained.path} was trained on other classes than those of the test data ({data.name})"
-        )
+        message = f"{trained.path} was trained on other classes than those of the test data ({data.name})"
+        raise RunError(message)
     limit = None if args.all_test else args.limit_test or recipe.limit_test
     split = balanced_subset(data.test, limit, recipe.seed) if limit else data.test
     batch_size, precision = args.batch_size or recipe.test_batch_size, args.precision or recipe.precision

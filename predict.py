@@ -31,7 +31,8 @@ from tqdm import tqdm
 from core.cli import Parser, add_processor, add_weights, progress_bar, run_main, whole_number
 from core.errors import RunError, UsageError, printable
 from core.machine import autocast, choose_device, set_up_torch, usable_cores
-from inspection.evaluation_plots import plot_prediction
+from inspection.evaluation_plots import prediction_figure
+from inspection.style import write_png
 from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
 
@@ -402,13 +403,10 @@ def save_drawing(result: Result, trained: LoadedModel, folder: Path, number: int
     from 1 over all inputs, distinguishes files of one name in several folders."""
     name = Path(result.path).name
     safe = re.sub(r"[^\w.-]", "_", os.path.splitext(name)[0])[:80]
-    return plot_prediction(
-        result.preview,
-        [trained.classes[label] for label in result.labels.tolist()],
-        result.probabilities,
-        folder / f"{number:05d}_{safe}.png",
-        title=f"{printable(name, 60)} ({trained.recipe.model}, {trained.recipe.data_note})",
-    )
+    names = [trained.classes[label] for label in result.labels.tolist()]
+    title = f"{printable(name, 60)} ({trained.recipe.model}, {trained.recipe.data_note})"
+    figure = prediction_figure(result.preview, names, result.probabilities, title)
+    return write_png(figure, folder / f"{number:05d}_{safe}.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 NumPy arrays in and out. Images are uint8 [N, 32, 32, 3], RGB, with levels from 0 to 255.
 """
 
+import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,17 +65,10 @@ def channel_statistics(
 
 
 def mean_images(images: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
-    """The mean image of each group 0..count-1: float64 [count, 32, 32, 3], in levels.
-
-    Raises:
-        ValueError: a group has no image.
-    """
-    sizes = np.bincount(groups, minlength=count)
-    if len(sizes) != count or (sizes == 0).any():
-        raise ValueError(f"{count} groups are needed, each with an image; their sizes are {sizes.tolist()}")
+    """The mean image of each group 0..count-1 (none is empty): float64 [count, 32, 32, 3], in levels."""
     # uint64 sums are exact, and a group at a time needs no float copy of all images
     sums = np.stack([images[groups == group].sum(axis=0, dtype=np.uint64) for group in range(count)])
-    return sums / sizes[:, None, None, None]
+    return sums / np.bincount(groups, minlength=count)[:, None, None, None]
 
 
 class ImageStatistics(NamedTuple):
@@ -113,13 +108,11 @@ def identical(queries: np.ndarray, gallery: np.ndarray | None = None) -> np.ndar
 
     Without a gallery, each image is compared with those before it: every copy but the first is found.
     """
-    seen: dict[bytes, int] = {}
-    if gallery is not None:
-        for index, image in enumerate(gallery):
-            seen.setdefault(image.tobytes(), index)
-        return np.array([seen.get(image.tobytes(), -1) for image in queries], dtype=np.int64)
-    found = [seen.setdefault(image.tobytes(), index) for index, image in enumerate(queries)]
-    return np.where(np.array(found) < np.arange(len(found)), found, -1)
+    first: dict[bytes, int] = {}
+    for index, image in enumerate(queries if gallery is None else gallery):
+        first.setdefault(image.tobytes(), index)
+    found = np.array([first.get(image.tobytes(), -1) for image in queries])
+    return np.where(found == np.arange(len(found)), -1, found) if gallery is None else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,9 +201,7 @@ def spread_over(similarity: np.ndarray, low: float, high: float, count: int) -> 
     """The indices of at most `count` pairs in [low, high), evenly spread by rank, most similar first."""
     order = np.argsort(-similarity, kind="stable")
     inside = order[(similarity[order] >= low) & (similarity[order] < high)]
-    if len(inside) <= count:
-        return inside
-    return inside[np.linspace(0, len(inside) - 1, count).round().astype(np.int64)]
+    return inside[np.linspace(0, len(inside) - 1, min(count, len(inside))).round().astype(np.int64)]
 
 
 def stack_pairs(upper: np.ndarray, lower: np.ndarray, count: int) -> np.ndarray:
@@ -221,14 +212,6 @@ def stack_pairs(upper: np.ndarray, lower: np.ndarray, count: int) -> np.ndarray:
     return stacked
 
 
-class AlikePair(NamedTuple):
-    """Two classes, the lower label first, and the distance of their mean images in levels."""
-
-    first: int
-    second: int
-    distance: float
-
-
 def class_distances(means: np.ndarray) -> np.ndarray:
     """Root mean square difference of every two mean images: float64 [K, K], in levels (diagonal: inf)."""
     flat = means.reshape(len(means), -1)
@@ -237,11 +220,11 @@ def class_distances(means: np.ndarray) -> np.ndarray:
     return np.sqrt(squares)
 
 
-def most_alike(distances: np.ndarray, count: int) -> list[AlikePair]:
-    """The `count` pairs of classes with the nearest mean images, nearest first."""
+def most_alike(distances: np.ndarray, count: int) -> list[tuple[int, int, float]]:
+    """(lower class, higher class, distance) of the `count` pairs of the smallest distance, nearest first."""
     rows, columns = np.triu_indices(len(distances), k=1)
-    order = np.argsort(distances[rows, columns], kind="stable")[:count]
-    return [AlikePair(int(rows[i]), int(columns[i]), float(distances[rows[i], columns[i]])) for i in order]
+    pairs = zip(rows.tolist(), columns.tolist(), distances[rows, columns].tolist(), strict=True)
+    return sorted(pairs, key=lambda pair: pair[2])[:count]
 
 
 def nearest_mean(images: np.ndarray, means: np.ndarray) -> np.ndarray:
@@ -254,11 +237,11 @@ def nearest_mean(images: np.ndarray, means: np.ndarray) -> np.ndarray:
 
 def augmented(pipeline: Pipeline, images: np.ndarray, seed: int) -> np.ndarray:
     """Each image augmented with its own seed (`seed` + its index): uint8, of the shape of `images`."""
-    results = []
+    results = np.empty_like(images)
     for number, image in enumerate(images):
         pipeline.set_random_seed(seed + number)
-        results.append(pipeline.augment(image))
-    return np.stack(results)
+        results[number] = pipeline.augment(image)
+    return results
 
 
 def single_transforms() -> dict[str, Pipeline]:
@@ -266,18 +249,14 @@ def single_transforms() -> dict[str, Pipeline]:
 
     Pad and RandomCrop stay a pair: only together do they keep 32x32 pixels.
     """
-    flip, affine, dropout, jitter = train_transform("reference").transforms
-    pad, crop, *_ = train_transform("standard").transforms
-    noise = train_transform("noise").transforms[-1]
-    parts = [[flip], [affine], [dropout], [jitter], [pad, crop], [noise]]
-    parts.append(list(train_transform("reference").transforms))
-    for part in parts:
-        for transform in part:
-            transform.p = 1.0
-    names = [" + ".join(type(transform).__name__ for transform in part) for part in parts[:-1]]
-    return {
-        name: Pipeline(part) for name, part in zip([*names, "the first four together"], parts, strict=True)
-    }
+    singles = [*train_transform("reference").transforms, train_transform("noise").transforms[-1]]
+    parts = [[transform] for transform in singles]
+    parts.insert(4, list(train_transform("standard").transforms[:2]))
+    named = {" + ".join(type(transform).__name__ for transform in part): part for part in parts}
+    named["the first four together"] = list(train_transform("reference").transforms)
+    for transform in itertools.chain(*named.values()):
+        transform.p = 1.0
+    return {name: Pipeline(part) for name, part in named.items()}
 
 
 def policy_operations() -> dict[str, Pipeline]:
@@ -293,18 +272,8 @@ def named_pipelines() -> dict[str, Pipeline]:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; columns of numbers only are aligned right."""
-
-    def is_number(cell: object) -> bool:
-        if cell == "":
-            return True
-        try:
-            float(str(cell).replace(",", "").removesuffix(" %"))
-        except ValueError:
-            return False
-        return True
-
-    numeric = [bool(rows) and all(is_number(cell) for cell in column) for column in zip(*rows, strict=True)]
-    rule = ["--:" if right else ":--" for right in numeric] or [":--"] * len(header)
-    lines = [header, rule, *rows]
+    """A Markdown table; columns of numbers, percentages and empty cells only are aligned right."""
+    columns = zip(*rows, strict=True)
+    numeric = [all(re.fullmatch(r"[-+]?[\d.,]*( %)?", str(cell)) for cell in column) for column in columns]
+    lines = [header, ["--:" if right else ":--" for right in numeric], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -9,26 +9,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from inspection.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    SKY_BLUE,
-    VERMILLION,
-    new_figure,
-    png_bytes,
-    styled,
-)
+from inspection.style import BLUE, GREEN, GREY, ORANGE, SKY_BLUE, VERMILLION, new_figure, png_bytes, styled
 
 SCALE = 3  # a pixel of the data is 3x3 in the figure, at 120 dots per inch
 # Pixels at that scale: a line of caption; between tiles; around the figure; beside the rows' headings.
 LINE_PX, GAP_PX, MARGIN_PX, ROW_HEADING_PX = 15, 16, 18, 145
-Names = Sequence[str]
+Names, Values = Sequence[str], Sequence[float]
 
 
 def compact_png(figure: Figure) -> bytes:
@@ -62,25 +51,15 @@ def tile_figure(
         rows: [R] headings on the left.
         groups: [R][G] headings above each G-th part of a row.
         scale: pixels across for one of the data; text grows with it.
-
-    Raises:
-        ValueError: the texts do not match the tiles in number.
     """
     count, across, height, width = tiles.shape[:4]
-    for what, names in (("captions", captions), ("rows", rows), ("groups", groups)):
-        if names is not None and len(names) != count:
-            raise ValueError(f"{len(names)} {what} for {count} rows of images")
-    if any(len(line) != across for line in (*(captions or ()), *([columns] if columns else ()))):
-        raise ValueError(f"captions and headings are needed for {across} columns")
-
     # All lengths are in pixels at SCALE; the resolution does the rest.
     tall, wide = height * SCALE, width * SCALE
     left = MARGIN_PX + (ROW_HEADING_PX if rows else 0)
     total_width = max(left + across * (wide + GAP_PX) + MARGIN_PX, 360)
-    texts = [
-        [_wrapped(name, wide + GAP_PX - 6) for name in line] for line in captions or [[""] * across] * count
-    ]
-    heads = [_wrapped(name, wide + GAP_PX - 6, weight="bold") for name in columns or []]
+    room = wide + GAP_PX - 6
+    texts = [[_wrapped(name, room) for name in line] for line in captions or [[""] * across] * count]
+    heads = [_wrapped(name, room, weight="bold") for name in columns or []]
     heading = _wrapped(title, total_width - 2 * MARGIN_PX, size=12, weight="bold")
     group_px = 24 if groups else 0
     depths = [group_px + tall + LINE_PX * max(map(len, line)) + GAP_PX for line in texts]
@@ -163,7 +142,7 @@ def histogram_figure(histogram: np.ndarray, mean: np.ndarray, title: str) -> Fig
     for channel, (axes, name, color) in enumerate(channels):
         axes.stairs(percent[channel], np.arange(257) - 0.5, fill=True, color=color)
         level = 255 * mean[channel]
-        axes.axvline(level, color=BLACK, linestyle="--", label=f"mean {level:.1f}")
+        axes.axvline(level, color="black", linestyle="--", label=f"mean {level:.1f}")
         axes.set(title=name, xlabel="level (0-255)", xlim=(-3, 258), xticks=[0, 64, 128, 192, 255])
         axes.legend(loc="upper center")
     panels[0].set_ylabel("percentage of the pixels")
@@ -182,17 +161,17 @@ def balance_figure(counts: Sequence[np.ndarray], names: Names, starts: Sequence[
     size = len(counts[0])
     figure = new_figure(13, 6, title)
     panels = figure.subplots(2, 1, sharex=True)
-    ends = [*starts[1:], size]
+    sizes = np.diff([*starts, size])
+    colors = np.repeat(np.resize([BLUE, SKY_BLUE], len(starts)), sizes)
     for axes, values, split in zip(panels, counts, ("training", "test"), strict=True):
-        for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            color = SKY_BLUE if number % 2 else BLUE
-            axes.bar(np.arange(start, end), values[start:end], width=0.8, color=color)
+        axes.bar(range(size), values, color=colors)
         axes.set(ylabel=f"{split} images", xlim=(-1, size), ylim=(0, 1.15 * np.max(values)))
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(axis="y")
-    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
     labels = [name.replace("_", " ") for name in names]
-    panels[1].set_xticks(middles, labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=8.5)
+    panels[1].set_xticks(
+        starts + (sizes - 1) / 2, labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=8.5
+    )
     panels[1].set_xlabel("classes (one bar each), by superclass")
     return figure
 
@@ -203,28 +182,21 @@ def spread_figure(brightness: np.ndarray, colour: np.ndarray, title: str) -> Fig
     figure = new_figure(8.5, 5.2, title)
     axes = figure.subplots()
     bins = [np.linspace(0, 256, 65), np.linspace(0, max(64, float(np.max(colour))) * 1.001, 65)]
-    counts, _, _, image = axes.hist2d(
-        brightness, colour, bins=bins, cmap="cividis_r", norm=LogNorm(vmin=1), cmin=1
-    )
+    look = {"cmap": "cividis_r", "norm": LogNorm(vmin=1), "cmin": 1}
+    counts, _, _, image = axes.hist2d(brightness, colour, bins=bins, **look)
     image.set_clim(1, max(float(np.nanmax(counts)), 2.0))
     bar = figure.colorbar(image, ax=axes)
     bar.set_label("images (logarithmic)")
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+    bar.ax.yaxis.set_major_formatter("{x:,.0f}")
     bar.ax.minorticks_off()
-    axes.set(
-        xlabel="brightness: mean level (0-255)", ylabel="colour: largest minus smallest\nchannel (levels)"
-    )
-    axes.set_xticks([0, 64, 128, 192, 255])
+    axes.set(xlabel="brightness: mean level (0-255)", xticks=[0, 64, 128, 192, 255])
+    axes.set_ylabel("colour: largest minus smallest\nchannel (levels)")
     return figure
 
 
 @styled({"axes.grid": True})
 def similarity_figure(
-    edges: np.ndarray,
-    counts: Sequence[np.ndarray],
-    agreement: Sequence[np.ndarray],
-    threshold: float,
-    title: str,
+    edges: np.ndarray, counts: Sequence[Values], agreement: Sequence[Values], threshold: float, title: str
 ) -> Figure:
     """Pairs in each band of similarity, and the percentage with equal labels: as they are, and mirrored.
 
@@ -244,7 +216,7 @@ def similarity_figure(
         upper.plot(middles, np.where(np.asarray(values) > 0, values, np.nan), **look)
         lower.plot(middles, percent, **look)
     upper.set_yscale("log")
-    upper.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+    upper.yaxis.set_major_formatter("{x:,.0f}")
     upper.set_ylabel("test images in the band")
     lower.set(ylabel="pairs with equal labels (%)", ylim=(-4, 104))
     lower.set_xlabel(f"similarity to the nearest training image, in bands of {edges[1] - edges[0]:.2g}")

@@ -4,16 +4,14 @@ Class names are drawn as given, shortened where they are very long.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from inspection.metrics import Calibration
-from inspection.style import BLACK, BLUE, GREY, SKY_BLUE, VERMILLION, new_figure, styled, write_png
+from inspection.style import BLUE, GREY, SKY_BLUE, VERMILLION, new_figure, styled
 
 MAX_NAME = 34  # characters; CIFAR-100's longest is large_omnivores_and_herbivores, 30
 BARS_PER_COLUMN = 25
@@ -34,14 +32,13 @@ def reliability_figure(bins: Calibration, title: str) -> Figure:
     upper.bar(left, accuracy, width, color=BLUE, label="accuracy", **box)
     gap = {"align": "edge", "color": VERMILLION, "alpha": 0.35, "hatch": "//", "linewidth": 0}
     upper.bar(left, confidence - accuracy, width, accuracy, label="gap to confidence", **gap)
-    upper.plot([0, 1], [0, 100], color=BLACK, linestyle="--", label="perfect calibration")
+    upper.plot([0, 1], [0, 100], color="black", linestyle="--", label="perfect calibration")
     upper.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, 1))
     upper.set_title(f"expected calibration error {100 * bins.ece:.2f} %")
     upper.legend(loc="best")
     lower.bar(bins.edges[:-1], bins.counts, widths, color=SKY_BLUE, **box)
     lower.set(xlabel="confidence of the prediction (fraction)", ylabel="images in the bin")
-    thousands = FuncFormatter(lambda count, _: f"{count:,.0f}")
-    lower.yaxis.set(major_locator=MaxNLocator(5, integer=True), major_formatter=thousands)
+    lower.yaxis.set(major_locator=MaxNLocator(5, integer=True), major_formatter="{x:,.0f}")
     upper.grid(axis="y")
     lower.grid(axis="y")
     return figure
@@ -55,14 +52,9 @@ def confusion_figure(matrix: np.ndarray, names: Names, starts: Sequence[int] | N
         matrix: [K, K] counts, rows and columns in the order to draw.
         names: one per class; with `starts`, one per group of classes.
         starts: the first index of each group: lines separate the groups, which are named at their middle.
-
-    Raises:
-        ValueError: the number of names is wrong.
     """
     counts, size = np.asarray(matrix), len(matrix)
     edges = np.array([*(range(size) if starts is None else starts), size])
-    if len(names) != len(edges) - 1:
-        raise ValueError(f"{len(names)} names for {len(edges) - 1} rows or groups of rows")
     percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
     figure = new_figure(13, 11.5, title)
@@ -84,16 +76,11 @@ def confusion_figure(matrix: np.ndarray, names: Names, starts: Sequence[int] | N
             for edge in edges[1:-1]:
                 draw(edge - 0.5, color=GREY, linewidth=0.6)
     elif size <= MAX_NUMBERED:
-        _write_counts(axes, counts, percent)
+        look = {"ha": "center", "va": "center", "fontsize": min(11.0, 160 / size)}
+        for row, column in np.argwhere(counts > 0):
+            color = "white" if percent[row, column] > 35 else "black"
+            axes.text(column, row, f"{counts[row, column]:,.0f}", color=color, **look)
     return figure
-
-
-def _write_counts(axes: Axes, counts: np.ndarray, percent: np.ndarray) -> None:
-    """The count in each cell that is not zero, white on the dark ones."""
-    look = {"ha": "center", "va": "center", "fontsize": min(11.0, 160 / len(counts))}
-    for row, column in np.argwhere(counts > 0):
-        color = "white" if percent[row, column] > 35 else BLACK
-        axes.text(column, row, f"{counts[row, column]:,.0f}", color=color, **look)
 
 
 @styled()
@@ -125,17 +112,6 @@ def per_class_bars_figure(names: Names, values: np.ndarray, quantity: str, title
     if len(known):
         figure.legend(figure.axes[0].lines, [f"mean {known.mean():.1f}"], loc="outside upper right")
     return figure
-
-
-def plot_prediction(
-    image: np.ndarray, names: Names, probabilities: np.ndarray, path: str | Path, *, title: str
-) -> Path:
-    """Write `prediction_figure` as a PNG; return the path.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
-    return write_png(prediction_figure(image, names, probabilities, title), path)
 
 
 @styled()

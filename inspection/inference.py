@@ -24,10 +24,6 @@ def logits_of(
     """`engine.evaluate`'s metrics, and the logits they come from: float32 [N, K] on the CPU.
 
     A hook collects the logits within the loop, so that nothing can differ from a test during training.
-
-    Args:
-        batches: from `utils.make_test_batches`.
-        title: of the progress bar.
     """
     kept: list[torch.Tensor] = []
     hook = model.register_forward_hook(lambda _model, _inputs, logits: kept.append(logits.float()))
@@ -55,11 +51,10 @@ def timed_logits(
 
 
 def shifted(images: torch.Tensor, down: int, right: int, mirrored: bool = False) -> torch.Tensor:
-    """[N, C, H, W] moved by whole pixels, the edge filled by reflection, then mirrored if asked."""
+    """[N, C, H, W] moved by at most a pixel each way, the edge filled by reflection; mirrored if asked."""
     height, width = images.shape[2:]
-    padding = (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0))
-    padded = F.pad(images, padding, mode="reflect")
-    top, left = max(-down, 0), max(-right, 0)
+    top, left = 1 - down, 1 - right
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     moved = padded[:, :, top : top + height, left : left + width]
     moved = moved.contiguous(memory_format=torch.channels_last)
     return moved.flip(3) if mirrored else moved

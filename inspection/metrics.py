@@ -68,15 +68,7 @@ def score(logits: np.ndarray, labels: np.ndarray, superclass_of: np.ndarray) -> 
 
     Args:
         superclass_of: int [K], from class to superclass.
-
-    Raises:
-        ValueError: no images, or shapes that do not fit together.
     """
-    logits, labels, superclass_of = np.asarray(logits), np.asarray(labels), np.asarray(superclass_of)
-    fits = logits.ndim == 2 and labels.shape == logits.shape[:1] and superclass_of.shape == logits.shape[1:]
-    if not fits or logits.size == 0:
-        shapes = f"logits {logits.shape}, labels {labels.shape}, superclasses {superclass_of.shape}"
-        raise ValueError(f"logits [N, K], labels [N] and superclasses [K] are needed, not {shapes}")
     predictions = logits.argmax(axis=1)
     log_probabilities = log_softmax(logits)
     confidence = np.exp(log_probabilities.max(axis=1))
@@ -97,8 +89,7 @@ def percent(hits: np.ndarray) -> float:
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-softmax over the last axis, float64 of the same shape; cannot overflow."""
-    shifted = np.asarray(logits, dtype=np.float64)
-    shifted = shifted - shifted.max(axis=-1, keepdims=True)
+    shifted = np.subtract(logits, logits.max(axis=-1, keepdims=True), dtype=np.float64)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
@@ -123,7 +114,7 @@ def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATI
     edges = np.arange(bins + 1) / bins
     where = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     counts = np.bincount(where, minlength=bins)
-    hits = np.bincount(where, weights=np.asarray(correct, dtype=np.float64), minlength=bins)
+    hits = np.bincount(where, weights=correct, minlength=bins)
     sums = np.bincount(where, weights=confidence, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: an empty bin has no mean
         accuracy, mean_confidence = hits / counts, sums / counts
@@ -133,7 +124,7 @@ def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATI
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
     """int64 [K, K]: images of each true class (row) by predicted class (column)."""
-    cells = np.asarray(labels) * classes + np.asarray(predictions)
+    cells = labels * classes + predictions
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 
 
@@ -149,9 +140,7 @@ def superclass_order(superclass_of: np.ndarray) -> tuple[np.ndarray, list[int]]:
     Within a superclass they keep their order; a superclass without classes is left out.
     """
     order = np.argsort(superclass_of, kind="stable")
-    groups = np.asarray(superclass_of)[order]
-    starts = np.flatnonzero(np.diff(groups, prepend=-1))
-    return order, starts.tolist()
+    return order, np.flatnonzero(np.diff(superclass_of[order], prepend=-1)).tolist()
 
 
 def per_class(matrix: np.ndarray) -> ClassScores:

@@ -18,22 +18,12 @@ import torch
 from cifar.dataset import ImageData, Split
 from core.files import atomic_write, atomic_write_text
 from core.machine import device_name, precision_name, versions
+from inspection import metrics
 from inspection.curves import history_figure
 from inspection.eda_plots import tile_figure
 from inspection.evaluation_plots import confusion_figure, per_class_bars_figure, reliability_figure
 from inspection.inference import VIEWS
-from inspection.metrics import (
-    ClassScores,
-    ConfusedPair,
-    Scores,
-    confidently_wrong,
-    confusion_matrix,
-    log_softmax,
-    most_confused,
-    per_class,
-    superclass_matrix,
-    superclass_order,
-)
+from inspection.metrics import ConfusedPair, Scores
 from inspection.style import png_bytes
 from model import count_parameters
 from training.checkpoint import LoadedModel
@@ -97,12 +87,17 @@ class Evaluation:
     @cached_property
     def matrix(self) -> np.ndarray:
         """int64 [K, K]: images by true and predicted class."""
-        return confusion_matrix(self.split.labels, self.predictions, len(self.data.classes))
+        return metrics.confusion_matrix(self.split.labels, self.predictions, len(self.data.classes))
 
     @cached_property
     def superclass_matrix(self) -> np.ndarray:
         """int64 [S, S]: images by true and predicted superclass."""
-        return superclass_matrix(self.matrix, self.data.superclass_of, len(self.data.superclasses))
+        return metrics.superclass_matrix(self.matrix, self.data.superclass_of, len(self.data.superclasses))
+
+    @cached_property
+    def worst(self) -> np.ndarray:
+        """int64 [<= WORST]: the indices of the most confident wrong predictions."""
+        return metrics.confidently_wrong(self.logits, self.split.labels, WORST)
 
 
 def score_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
@@ -125,7 +120,7 @@ def score_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
 def confused_pairs(evaluation: Evaluation, count: int = PAIRS) -> list[tuple[str, str, ConfusedPair]]:
     """(class, class, counts) of the pairs of classes confused most often."""
     names = evaluation.data.classes
-    return [(names[p.first], names[p.second], p) for p in most_confused(evaluation.matrix, count)]
+    return [(names[p.first], names[p.second], p) for p in metrics.most_confused(evaluation.matrix, count)]
 
 
 def write_report(evaluation: Evaluation, comparison: str, folder: Path) -> Path:
@@ -144,9 +139,8 @@ def write_report(evaluation: Evaluation, comparison: str, folder: Path) -> Path:
     recipe, history = evaluation.trained.recipe, history_rows(evaluation.trained.state)
     if history:  # on the page only: the run has left its own plots
         title = f"Training: {recipe.model} on {recipe.data_note}"
-        figures["history"] = png_bytes(
-            history_figure(history, milestones=recipe.milestone_epochs, title=title)
-        )
+        figure = history_figure(history, milestones=recipe.milestone_epochs, title=title)
+        figures["history"] = png_bytes(figure)
     path = folder / f"{evaluation.name}_report.html"
     atomic_write_text(path, render_page(evaluation, comparison, figures))
     return path
@@ -156,30 +150,30 @@ def draw_figures(evaluation: Evaluation) -> dict[str, bytes]:
     """PNG files by the end of their name; "confidently_wrong" is absent if no prediction is wrong."""
     title = f"{evaluation.subject}, {evaluation.data_note}"
     data, matrix = evaluation.data, evaluation.matrix
-    order, starts = superclass_order(data.superclass_of)
+    order, starts = metrics.superclass_order(data.superclass_of)
     groups = [data.superclasses[data.superclass_of[order[start]]] for start in starts]
+    by_group = matrix[np.ix_(order, order)]
     figures = {
         "reliability": reliability_figure(evaluation.scores.calibration, f"Reliability: {title}"),
         "confusion_superclasses": confusion_figure(
             evaluation.superclass_matrix, data.superclasses, None, f"Superclasses: {title}"
         ),
-        "f1": per_class_bars_figure(data.classes, per_class(matrix).f1, "F1 (%)", f"F1: {title}"),
-        "confusion": confusion_figure(
-            matrix[np.ix_(order, order)], groups, starts, f"Classes by superclass: {title}"
-        ),
+        "f1": per_class_bars_figure(data.classes, metrics.per_class(matrix).f1, "F1 (%)", f"F1: {title}"),
+        "confusion": confusion_figure(by_group, groups, starts, f"Classes by superclass: {title}"),
     }
-    worst = confidently_wrong(evaluation.logits, evaluation.split.labels, WORST)
-    if len(worst):
-        columns = min(WORST_COLUMNS, len(worst))
-        rows = -(-len(worst) // columns)
-        tiles = np.full((rows * columns, *evaluation.split.images.shape[1:]), 255, dtype=np.uint8)
-        tiles[: len(worst)] = evaluation.split.images[worst]
-        captions = np.full(rows * columns, "", dtype=object)
-        captions[: len(worst)] = ["\n".join(row) for row in mistake_rows(evaluation)]
+    if count := len(evaluation.worst):
+        columns = min(WORST_COLUMNS, count)
+        missing = -count % columns
+        tiles = np.pad(
+            evaluation.split.images[evaluation.worst],
+            ((0, missing), (0, 0), (0, 0), (0, 0)),
+            constant_values=255,
+        )
+        captions = ["\n".join(row) for row in mistake_rows(evaluation)] + [""] * missing
         figures["confidently_wrong"] = tile_figure(
-            tiles.reshape(rows, columns, *tiles.shape[1:]),
+            tiles.reshape(-1, columns, *tiles.shape[1:]),
             f"Confidently wrong: {title}",
-            captions=captions.reshape(rows, columns).tolist(),
+            captions=np.reshape(captions, (-1, columns)).tolist(),
             scale=4,
         )
     return {key: png_bytes(figure) for key, figure in figures.items()}
@@ -187,11 +181,8 @@ def draw_figures(evaluation: Evaluation) -> dict[str, bytes]:
 
 def mistake_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """("true: apple", "predicted: pear", "99.9 %") of the most confident wrong predictions."""
-    worst, names = (
-        confidently_wrong(evaluation.logits, evaluation.split.labels, WORST),
-        evaluation.data.classes,
-    )
-    confidence = 100 * np.exp(log_softmax(evaluation.logits[worst]).max(axis=1))
+    worst, names = evaluation.worst, evaluation.data.classes
+    confidence = 100 * np.exp(metrics.log_softmax(evaluation.logits[worst]).max(axis=1))
     labels = zip(evaluation.split.labels[worst], evaluation.predictions[worst], confidence, strict=True)
     return [(f"true: {names[t]}", f"predicted: {names[p]}", f"{percent:.1f} %") for t, p, percent in labels]
 
@@ -203,9 +194,8 @@ def render_page(evaluation: Evaluation, comparison: str, figures: dict[str, byte
         figures: PNG files under the keys of `draw_figures`, and "history" if there is one.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     bins = evaluation.scores.calibration
     # The size is in a PNG's header: the browser keeps room for a picture before it is decoded.
     embedded = {
@@ -219,7 +209,7 @@ def render_page(evaluation: Evaluation, comparison: str, figures: dict[str, byte
         figures=embedded,
         views=len(VIEWS),
         score_rows=score_rows(evaluation),
-        superclass_rows=_rows_by_f1(evaluation.data.superclasses, per_class(evaluation.superclass_matrix)),
+        superclass_rows=_rows_by_f1(evaluation.data.superclasses, evaluation.superclass_matrix),
         class_rows=_class_rows(evaluation),
         pair_rows=[
             (a, b, pair.total, pair.first_as_second, pair.second_as_first)
@@ -238,21 +228,20 @@ def render_page(evaluation: Evaluation, comparison: str, figures: dict[str, byte
     )
 
 
-def _rows_by_f1(
-    names: Sequence[str], scores: ClassScores, *more: Sequence[str]
-) -> list[tuple[str | float, ...]]:
+def _rows_by_f1(names: Sequence[str], matrix: np.ndarray, *more: Sequence[str]) -> list[tuple]:
     """(name, F1, precision, recall, images, and a cell of each column of `more`), best F1 first."""
+    scores = metrics.per_class(matrix)
     columns = names, scores.f1, scores.precision, scores.recall, scores.images, *more
     return [tuple(column[i] for column in columns) for i in np.argsort(-scores.f1, kind="stable")]
 
 
-def _class_rows(evaluation: Evaluation) -> list[tuple[str | float, ...]]:
+def _class_rows(evaluation: Evaluation) -> list[tuple]:
     """`_rows_by_f1` of the classes, with what each is most often predicted as, and its superclass."""
     data, mistakes = evaluation.data, evaluation.matrix.copy()
     np.fill_diagonal(mistakes, 0)
     rivals = [f"{data.classes[row.argmax()]} ({row.max()})" if row.any() else "" for row in mistakes]
     groups = [data.superclasses[group] for group in data.superclass_of]
-    return _rows_by_f1(data.classes, per_class(evaluation.matrix), rivals, groups)
+    return _rows_by_f1(data.classes, evaluation.matrix, rivals, groups)
 
 
 def _setup_rows(evaluation: Evaluation) -> list[tuple[str, str]]:

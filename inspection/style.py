@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from core.files import atomic_write
 
 # Okabe & Ito, "Color Universal Design" (2008): distinct with every common colour blindness.
-BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#666666"
+ORANGE, SKY_BLUE, GREEN, BLUE = "#E69F00", "#56B4E9", "#009E73", "#0072B2"
+VERMILLION, PURPLE, GREY = "#D55E00", "#CC79A7", "#666666"
 
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -31,11 +31,7 @@ STYLE: dict[str, Any] = {
 
 
 def styled(more: Mapping[str, Any] | None = None) -> contextlib.AbstractContextManager[None]:
-    """STYLE on matplotlib's defaults, whatever a matplotlibrc says; a context manager and a decorator.
-
-    Args:
-        more: further matplotlib settings, which override these.
-    """
+    """STYLE and `more` on matplotlib's defaults, whatever a matplotlibrc says; also a decorator."""
     return matplotlib.style.context(["default", {**STYLE, **(more or {})}])
 
 
@@ -58,11 +54,7 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def write_png(figure: Figure, path: str | Path) -> Path:
-    """Write the figure, rendered completely first, as a PNG; return the path.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
+    """Write the figure, rendered completely first, as a PNG; return the path (RunError if that fails)."""
     content = png_bytes(figure)
     with atomic_write(path) as file:
         file.write(content)

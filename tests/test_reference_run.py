@@ -9,7 +9,6 @@ import torch
 
 import evaluate
 from conftest import REPOSITORY
-from model import build_model
 from training.checkpoint import CARRIED_WEIGHTS, load_checkpoint, load_model
 from training.recipe import Recipe
 
@@ -17,50 +16,31 @@ FOLDER = REPOSITORY / "docs" / "reference_run"
 TABLE = ("epoch", "learning_rate", "train_loss", "train_acc_percent", "test_loss", "test_acc_percent")
 
 
-@pytest.fixture(scope="module")
-def history() -> list[dict[str, float]]:
-    with open(FOLDER / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == TABLE
-    return [{name: float(value) for name, value in row.items()} for row in rows]
-
-
-def test_the_weights_are_small_and_load_without_running_code() -> None:
+def test_the_weights_are_small_and_safe_and_hold_the_committed_history_and_recipe() -> None:
     assert CARRIED_WEIGHTS.stat().st_size < 4_000_000
-    state = torch.load(CARRIED_WEIGHTS, weights_only=True)
-    build_model("resnet56", num_classes=100).load_state_dict(state["model"])
-
-
-def test_the_weights_hold_the_committed_history(history: list[dict[str, float]]) -> None:
-    rows = load_checkpoint(CARRIED_WEIGHTS)["history"]
-    assert [row["epoch"] for row in rows] == list(range(1, 101))
-    for row, written in zip(rows, history, strict=True):
-        assert written == pytest.approx({name: row[name] for name in TABLE}, abs=1e-6)
-
-
-def test_the_weights_are_those_of_the_best_epoch(history: list[dict[str, float]]) -> None:
+    torch.load(CARRIED_WEIGHTS, weights_only=True)
     state = load_checkpoint(CARRIED_WEIGHTS)
-    best = max(history, key=lambda row: row["test_acc_percent"])
+    with open(FOLDER / "history.csv", newline="") as file:
+        table = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert tuple(table[0]) == TABLE
+    assert [row["epoch"] for row in state["history"]] == list(range(1, 101))
+    for row, written in zip(state["history"], table, strict=True):
+        assert written == pytest.approx({name: row[name] for name in TABLE}, abs=1e-6)
+    best = max(table, key=lambda row: row["test_acc_percent"])
     assert state["epoch"] == best["epoch"]
     assert state["accuracy_percent"] == pytest.approx(best["test_acc_percent"])
-
-
-def test_the_recipe_is_the_default_one_for_100_epochs() -> None:
-    recipe = Recipe.from_dict(load_checkpoint(CARRIED_WEIGHTS)["recipe"])
+    recipe = Recipe.from_dict(state["recipe"])
     assert json.loads((FOLDER / "recipe.json").read_text("utf-8")) == recipe.to_dict()
     assert recipe == Recipe(epochs=100, precision=recipe.precision)
 
 
 @pytest.mark.real_data
 def test_evaluation_gives_the_recorded_accuracy(real_data_dir: Path, tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    weights, out = (
-        ["--weights", str(CARRIED_WEIGHTS)],
-        ["--output-dir", str(tmp_path), "--json", str(figures)],
-    )
+    metrics = tmp_path / "metrics.json"
+    places = {"weights": CARRIED_WEIGHTS, "output-dir": tmp_path, "json": metrics, "data-dir": real_data_dir}
     # fp32, which every processor has; another precision moves a few of the 10,000 images
-    assert evaluate.main([*weights, *out, "--data-dir", str(real_data_dir), "--precision", "fp32"]) == 0
-    measured = json.loads(figures.read_text("utf-8"))
+    assert evaluate.main([*(f"--{flag}={path}" for flag, path in places.items()), "--precision", "fp32"]) == 0
+    measured = json.loads(metrics.read_text("utf-8"))
     assert measured["images"] == 10_000
     assert measured["top1"] == pytest.approx(measured["recorded"]["top1"], abs=0.2)
     assert measured["top5"] > 90

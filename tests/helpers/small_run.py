@@ -64,19 +64,15 @@ def make_run(folder: Path, data: dataset.ImageData, recipe: Recipe, name: str) -
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A small run, and what evaluate.py made of it: exit code, JSON, and what the report shows."""
+    """A small run, and what evaluate.py made of it: the JSON, the page, and what that shows."""
 
     folder: Path
     data_dir: Path
     flags: list[str]
     run: Run
-    code: int
     metrics: dict[str, Any]
+    page: Path
     evaluation: Evaluation
-
-    @property
-    def page(self) -> Path:
-        return self.folder / "small_report.html"
 
 
 def evaluate_small_run(patch: pytest.MonkeyPatch, folder: Path, data_dir: Path) -> Evaluated:
@@ -92,6 +88,6 @@ def evaluate_small_run(patch: pytest.MonkeyPatch, folder: Path, data_dir: Path) 
     with pytest.MonkeyPatch.context() as spy:
         spy.setattr(evaluate, "write_report", lambda *args: shown.append(args[0]) or write_report(*args))
         flags = ["--data-dir", str(data_dir), "--output-dir", str(folder), "--device", "cpu"]
-        code = evaluate.main([*flags, "--tta", "--json", str(folder / "metrics.json")])
+        assert evaluate.main([*flags, "--tta", "--json", str(folder / "metrics.json")]) == 0
     metrics = json.loads((folder / "metrics.json").read_text())
-    return Evaluated(folder, data_dir, flags, run, code, metrics, shown[0])
+    return Evaluated(folder, data_dir, flags, run, metrics, folder / "small_report.html", shown[0])

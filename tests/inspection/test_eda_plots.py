@@ -1,9 +1,7 @@
-"""The notebook's figures: pixels where they belong, captions that never touch, the same bytes again."""
+"""The notebook's figures: pixels where they belong, captions that never touch."""
 
 import io
 import itertools
-from collections.abc import Callable
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -21,39 +19,14 @@ def random_tiles(rows: int, columns: int, height: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (rows, columns, height, 32, 3), dtype=np.uint8)
 
 
-def pixels_of(figure: Figure) -> np.ndarray:
-    """The rendered figure: uint8 [H, W, 3]."""
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
-
-
 def boxes_of(figure: Figure) -> list[Bbox]:
     """The extents of the texts that the figure itself holds, in pixels."""
     figure.canvas.draw()
     return [text.get_window_extent() for text in figure.texts if text.get_text()]
 
 
-BANDS = np.linspace(0.2, 1.0, 5)
-FIGURES: dict[str, Callable[[], Figure]] = {
-    "tiles": lambda: eda_plots.tile_figure(random_tiles(2, 3), "t", captions=[["a", "b", "c"]] * 2),
-    "histogram": lambda: eda_plots.histogram_figure(np.ones((3, 256)), np.array([0.5, 0.4, 0.3]), "t"),
-    "balance": lambda: eda_plots.balance_figure((np.full(6, 5), np.full(6, 2)), ["a", "b"], [0, 3], "t"),
-    "spread": lambda: eda_plots.spread_figure(np.array([1.0, 9.0]), np.array([0.0, 3.0]), "t"),
-    "similarity": lambda: eda_plots.similarity_figure(
-        BANDS, [[9, 5, 0, 1]] * 2, [[1.0, 5.0, np.nan, 100.0]] * 2, 0.6, "t"
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", FIGURES)
-def test_the_same_input_gives_the_same_png(kind: str) -> None:
-    content = png_bytes(FIGURES[kind]())
-    assert content.startswith(b"\x89PNG")
-    assert content == png_bytes(FIGURES[kind]())
-
-
 def test_a_compact_png_is_smaller_and_the_same_picture() -> None:
-    figure = FIGURES["tiles"]()
+    figure = eda_plots.tile_figure(random_tiles(2, 3), "t")
     whole, compact = png_bytes(figure), eda_plots.compact_png(figure)
     assert len(compact) < len(whole)
     pictures = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in (whole, compact)]
@@ -63,7 +36,8 @@ def test_a_compact_png_is_smaller_and_the_same_picture() -> None:
 @pytest.mark.parametrize("scale", [3, 4, 6])
 def test_tiles_are_drawn_pixel_by_pixel_in_reading_order(scale: int) -> None:
     tiles = random_tiles(2, 3)
-    image = pixels_of(eda_plots.tile_figure(tiles, "title", captions=[["a", "b", "c"]] * 2, scale=scale))
+    figure = eda_plots.tile_figure(tiles, "title", captions=[["a", "b", "c"]] * 2, scale=scale)
+    image = np.asarray(Image.open(io.BytesIO(png_bytes(figure))))[..., :3]
     last = -1
     for tile in tiles.reshape(-1, 32, 32, 3):
         big = tile.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -93,7 +67,7 @@ def test_no_text_touches_another_or_leaves_the_figure(height: int, scale: int) -
     )
     boxes = boxes_of(figure)
     assert len(boxes) > 20
-    for first, second in combinations(boxes, 2):
+    for first, second in itertools.combinations(boxes, 2):
         assert not Bbox.intersection(first.padded(-0.5), second.padded(-0.5)), (first, second)
     width, height = figure.bbox.size
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
@@ -102,10 +76,10 @@ def test_no_text_touches_another_or_leaves_the_figure(height: int, scale: int) -
         assert "".join(caption.replace("_", "").split()) in written, "no caption loses a letter"
 
 
-@pytest.mark.parametrize("columns", [2, 4, 7, 10])
+@pytest.mark.parametrize("columns", [2, 10])
 def test_a_title_of_any_length_stays_inside(columns: int) -> None:
     title = "CIFAR-100: the 14 most similar pairs of different labels, test above training " * 2
-    for end in range(20, len(title), 7):
+    for end in range(20, len(title), 20):
         figure = eda_plots.tile_figure(random_tiles(1, columns), title[:end])
         assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes_of(figure))
 
@@ -114,15 +88,6 @@ def test_headings_of_groups_fit_above_five_tiles() -> None:
     names = [["large_man-made_outdoor_things", LONG]]
     first, second = boxes_of(eda_plots.tile_figure(random_tiles(1, 10), "t", groups=names))[1:]
     assert first.x1 < second.x0
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [{"captions": [["one"]]}, {"captions": [["a", "b"]] * 2}, {"columns": ["a"]}, {"rows": ["a", "b"]}],
-)
-def test_texts_that_do_not_match_the_tiles_are_refused(texts: dict) -> None:
-    with pytest.raises(ValueError):
-        eda_plots.tile_figure(random_tiles(1, 2), "t", **texts)
 
 
 def test_histogram_bars_are_percentages_of_each_channel() -> None:
@@ -146,11 +111,10 @@ def test_balance_shows_every_count_and_names_superclasses_at_their_middle() -> N
 
 
 def test_similarity_draws_what_it_is_given() -> None:
-    figure = eda_plots.similarity_figure(
-        BANDS, [[9, 5, 2, 1], [8, 4, 2, 1]], [[1.0, 5.0, 50.0, 100.0], [0.0, 1.0, 2.0, 3.0]], 0.6, "t"
-    )
+    counts, agreement = [[9, 5, 0, 1], [8, 4, 2, 1]], [[1.0, 5.0, np.nan, 100.0], [0.0, 1.0, 2.0, 3.0]]
+    figure = eda_plots.similarity_figure(np.linspace(0.2, 1.0, 5), counts, agreement, 0.6, "t")
     upper, lower = figure.axes
-    assert upper.lines[0].get_ydata().tolist() == [9, 5, 2, 1]
+    np.testing.assert_array_equal(upper.lines[0].get_ydata(), [9, 5, np.nan, 1])
     assert lower.lines[1].get_ydata().tolist() == [0, 1, 2, 3]
     assert [line.get_xdata()[0] for line in (upper.lines[2], lower.lines[2])] == [0.6, 0.6]
 

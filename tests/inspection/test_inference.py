@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from core.errors import RunError
-from inspection.inference import VIEWS, averaged_log_probabilities, logits_of, shifted, timed_logits
+from inspection.inference import VIEWS, averaged_log_probabilities, logits_of, shifted
 from model import build_model
 from training.engine import evaluate
 
@@ -44,19 +44,11 @@ def test_the_network_is_left_as_it_was_after_an_error(batches) -> None:
     assert not broken._forward_hooks
 
 
-def test_throughput_counts_every_image(network, batches) -> None:
-    metrics, logits, images_per_s = timed_logits(network, batches)
-    assert metrics.images == len(logits) == 20 and 0 < images_per_s < 1e6
-
-
 def test_a_shift_moves_pixels_and_reflects_at_the_edge() -> None:
     row = torch.arange(4.0).expand(1, 1, 4, 4)
-    column = row.transpose(2, 3)
-    assert shifted(row, 0, 1)[0, 0, 0].tolist() == [1, 0, 1, 2]
-    assert shifted(row, 0, -1)[0, 0, 0].tolist() == [1, 2, 3, 2]
-    assert shifted(column, 1, 0)[0, 0, :, 0].tolist() == [1, 0, 1, 2]
-    assert shifted(column, -1, 0)[0, 0, :, 0].tolist() == [1, 2, 3, 2]
-    assert torch.equal(shifted(row, 1, 0), row), "no change along the other axis"
+    for step, expected in ((1, [1, 0, 1, 2]), (-1, [1, 2, 3, 2])):
+        assert shifted(row, 0, step)[0, 0].tolist() == [expected] * 4
+        assert torch.equal(shifted(row.mT, step, 0), shifted(row, 0, step).mT)
 
 
 def test_views_are_ten_different_ones_and_the_first_is_the_image_itself() -> None:
@@ -67,15 +59,15 @@ def test_views_are_ten_different_ones_and_the_first_is_the_image_itself() -> Non
     assert all(torch.equal(seen[5 + n], seen[n].flip(3)) for n in range(5)), "and their mirror images"
 
 
-@pytest.mark.parametrize("views", [VIEWS[:1], VIEWS[4:6]])
-def test_probabilities_are_averaged_not_logits(network, batches, views) -> None:
+def test_probabilities_are_averaged_not_logits(network, batches) -> None:
+    views = VIEWS[4:6]
     averaged = averaged_log_probabilities(network, batches, views=views)
     each = []
     for view in views:
         _, logits = logits_of(network, [(shifted(images, *view), labels) for images, labels in batches])
         each.append(logits.double().softmax(1))
     torch.testing.assert_close(averaged.exp(), sum(each) / len(each), rtol=1e-12, atol=0)
-    assert len(views) == 1 or not torch.allclose(each[0], each[1], rtol=1e-3)
+    assert not torch.allclose(each[0], each[1], rtol=1e-3)
 
 
 def test_an_image_and_its_mirror_image_get_the_same_average(network, batches) -> None:
