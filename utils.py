@@ -24,7 +24,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torch_lr_finder import LRFinder
 
 from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
@@ -363,6 +362,8 @@ def find_lr(
     epoch 1) does not use; so the network, the optimizer and every random state are afterwards as before.
     Its batches are the full global ones, for which the rate is: with several processes, call it on rank 0.
     """
+    from torch_lr_finder import LRFinder  # here, since it imports pyplot, which most scripts never need
+
     twin = _FromPixels(copy.deepcopy(model), precision)
     device = next(twin.parameters()).device
     with loader.batch_sampler.for_lr_finder(), _kept_random_state(), contextlib.ExitStack() as quiet:

@@ -1,6 +1,7 @@
 """Training figures: valid files, the given data in the lines, sane views of awkward curves."""
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,9 +216,12 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatc
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])
 
 
-def test_drawing_never_loads_pyplot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["", "module://not_installed.backend", "no such backend"])
+def test_drawing_never_loads_pyplot_and_needs_no_backend(tmp_path: Path, backend: str) -> None:
     """A display is not needed, and no figure of another program is touched."""
     code = "import sys; from inspection import curves, eda_plots, evaluation_plots\n"
     code += "curves.plot_lr_finder([0.1, 0.2], [1, 2], 0.1, sys.argv[1])\n"
     code += "assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "f.png")], cwd=REPOSITORY, check=True)
+    environment = os.environ | {"MPLBACKEND": backend}
+    command = [sys.executable, "-c", code, str(tmp_path / "f.png")]
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
