@@ -258,17 +258,14 @@ def summary(rates: Sequence[tuple[float, float]]) -> dict[str, Any]:
 @torch.no_grad()
 def convolution_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest forward 3x3 convolution of CONVOLUTIONS, in channels_last memory."""
-
-    def convolve() -> int:
-        return len(F.conv2d(images, weight, padding=1))
-
     peaks = []
     for count, channels, side in CONVOLUTIONS:
         images, weight = (
             torch.rand(shape, device=device).to(dtype=dtype, memory_format=torch.channels_last)
             for shape in ((count, channels, side, side), (channels, channels, 3, 3))
         )
-        fastest = max(images_per_s(convolve, device) for _ in range(CONVOLUTION_CALLS))
+        work = functools.partial(F.conv2d, images, weight, padding=1)
+        fastest = max(images_per_s(lambda run=work: len(run()), device) for _ in range(CONVOLUTION_CALLS))
         peaks.append(2 * (3 * channels * side) ** 2 * fastest)
     return max(peaks)
 
