@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from core.cli import LOG, Parser, run_main, start_log, whole_number
-from core.errors import RunError, UsageError
+from core.cli import LOG, Parser, plain_name, run_main, start_log, whole_number
+from core.errors import RunError, UsageError, printable
 from core.files import atomic_write_text
 from model import MODELS, build_model, count_macs, count_parameters
-from training import flags as train_flags
+from training import settings
 from training.presets import PRESETS
 from training.run import RunFiles
 
@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.networks:
         LOG.info(networks_table())
         return 0
-    variants = [named_flags(text) for text in args.run]
-    variants += [(name, ["--recipe", name]) for name in args.recipes]
+    variants = [*args.run, *((name, ["--recipe", name]) for name in args.recipes)]
     if not variants:
         raise UsageError('nothing to run: pass --recipes NAME ..., --run "NAME: FLAGS" or --networks')
     if len(dict(variants)) < len(variants):
@@ -62,33 +61,29 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> Parser:
     """The parser of experiments.py; what follows `--` goes to every run of train.py."""
     parser = Parser(prog="experiments.py", description="Run recipes by seeds; flags after -- go to train.py.")
-    add = parser.add_argument
-    add("--recipes", nargs="+", default=[], choices=tuple(PRESETS), help="presets of train.py's --recipe")
-    add("--run", action="append", default=[], metavar='"NAME: FLAGS"', help="a run of your own; repeatable")
-    add("--seeds", nargs="+", type=whole_number(0, 2**32 - 1), default=[0, 1], help="(default: 0 1)")
+    flag = parser.add_argument
+    flag("--recipes", nargs="+", default=[], choices=tuple(PRESETS), help="presets of train.py's --recipe")
+    run = {"type": named_flags, "action": "append", "default": [], "metavar": '"NAME: FLAGS"'}
+    flag("--run", **run, help="a run of your own; repeatable")
+    flag("--seeds", nargs="+", type=whole_number(0, 2**32 - 1), default=[0, 1], help="(default: 0 1)")
     folder_help = "folder of the runs and the table (default: output/experiments)"
-    add("--output-dir", type=Path, default=Path("output/experiments"), metavar="DIR", help=folder_help)
-    add("--networks", action="store_true", help="print every network's parameters and MACs")
+    flag("--output-dir", type=Path, default=Path("output/experiments"), metavar="DIR", help=folder_help)
+    flag("--networks", action="store_true", help="print every network's parameters and MACs")
     return parser
 
 
 def named_flags(text: str) -> tuple[str, list[str]]:
-    """ "NAME: FLAGS" as the name and the list of flags.
-
-    Raises:
-        UsageError: there is no name, or it cannot begin a file name.
-    """
+    """A flag type: "NAME: FLAGS" as the name, which begins file names, and the list of flags."""
     name, colon, flags = text.partition(":")
-    try:
-        return train_flags.plain_name(name.strip() if colon else ""), flags.split()
-    except argparse.ArgumentTypeError:
-        raise UsageError(f'--run takes "NAME: FLAGS", the name fit for files, not {text!r:.60}') from None
+    if not colon:
+        raise argparse.ArgumentTypeError(f'takes "NAME: FLAGS", not {printable(text, 60)!r}')
+    return plain_name(name.strip()), flags.split()
 
 
 def run_files(folder: Path, name: str, seed: int, flags: Sequence[str]) -> RunFiles:
     """The files of one run: train.py adds "synthetic" to the names of runs on that dataset."""
-    synthetic = train_flags.build_parser().parse_args(flags).dataset == "synthetic"
-    return RunFiles(folder, f"{name}-seed{seed}{'_synthetic' if synthetic else ''}")
+    synthetic = settings.build_parser().parse_args(flags).dataset == "synthetic"
+    return RunFiles(folder, f"{name}-seed{seed}{'_synthetic' * synthetic}")
 
 
 def run_once(files: RunFiles, flags: Sequence[str]) -> None:
@@ -102,10 +97,9 @@ def run_once(files: RunFiles, flags: Sequence[str]) -> None:
     if files.results.exists():
         LOG.info(f"{files.name}: finished")
         return
+    command = ["--yes", "--no-lr-finder", "--output-dir", str(files.folder), "--name", files.name, *flags]
     if files.last.exists() or files.previous.exists():
         command = ["--resume", str(files.last)]
-    else:
-        command = ["--yes", "--no-lr-finder", "--output-dir", str(files.folder), "--name", files.name, *flags]
     LOG.info(f"{files.name}: train.py {' '.join(command)}")
     code = subprocess.call([sys.executable, str(TRAIN), *command])
     if code:
@@ -116,30 +110,29 @@ def results_table(
     folder: Path, variants: Mapping[str, Sequence[str]], seeds: Sequence[int], shared: Sequence[str]
 ) -> str:
     """The Markdown table of all runs, from their histories."""
-    lines = [
-        f"Accuracy in percent over {len(seeds)} seed{'s' * (len(seeds) > 1)} "
-        f"({', '.join(map(str, seeds))}): mean ± standard deviation. The best epoch is chosen on the "
-        "accuracy shown, so it is optimistic. The difference is that of the last epoch to the first run's, "
-        "by seed.",
-        "",
-        f"Flags of every run: `{' '.join(shared) or 'none'}`.",
-        "",
-        "| run | flags | epochs | last epoch | best epoch | difference |",
-        "|---|---|---|---|---|---|",
-    ]
-    first: list[float] | None = None
+    table = f"""\
+Accuracy in percent over {len(seeds)} seed{"s" * (len(seeds) > 1)} ({", ".join(map(str, seeds))}): \
+mean ± standard deviation. The best epoch is chosen on the accuracy shown, so it is optimistic. \
+The difference is that of the last epoch to the first run's, by seed.
+
+Flags of every run: `{" ".join(shared) or "none"}`.
+
+| run | flags | epochs | last epoch | best epoch | difference |
+|---|---|---|---|---|---|
+"""
+    first: list[float] = []
     for name, flags in variants.items():
         runs = [run_files(folder, name, seed, [*shared, *flags]) for seed in seeds]
         curves = [accuracies(run.path("_history.csv")) for run in runs]
         last, best = [curve[-1] for curve in curves], [max(curve) for curve in curves]
-        shown = " ".join(flags) or "none"
-        cells = [name, f"`{shown}`", str(len(curves[0])), mean_and_deviation(last), mean_and_deviation(best)]
-        difference = ""
-        if first is not None:
-            difference = mean_and_deviation([a - b for a, b in zip(last, first, strict=True)], "+")
-        lines.append(f"| {' | '.join([*cells, difference])} |")
+        difference = (
+            mean_and_deviation([a - b for a, b in zip(last, first, strict=True)], "+") if first else ""
+        )
+        cells = [name, f"`{' '.join(flags) or 'none'}`", str(len(curves[0]))]
+        cells += [mean_and_deviation(last), mean_and_deviation(best), difference]
+        table += f"| {' | '.join(cells)} |\n"
         first = first or last
-    return "\n".join(lines) + "\n"
+    return table
 
 
 def accuracies(history: Path) -> list[float]:
@@ -150,8 +143,8 @@ def accuracies(history: Path) -> list[float]:
     """
     try:
         rows = list(csv.DictReader(history.read_text("utf-8").splitlines()))
-        prefixes = ("ema_val", "val", "ema_test", "test")
-        column = next(f"{p}_acc_percent" for p in prefixes if f"{p}_acc_percent" in rows[0])
+        columns = (f"{prefix}_acc_percent" for prefix in ("ema_val", "val", "ema_test", "test"))
+        column = next(name for name in columns if name in rows[0])
         return [float(row[column]) for row in rows]
     except (OSError, IndexError, StopIteration, KeyError, TypeError, ValueError):
         raise RunError(f"{history} is not a history of train.py: delete the run's files and repeat") from None
@@ -165,12 +158,10 @@ def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
 
 def networks_table() -> str:
     """Every network with its parameters and its multiply-adds for a 32x32 image, as Markdown."""
-    lines = ["| network | parameters | MACs |", "|---|---:|---:|"]
-    for name in MODELS:
-        with torch.device("meta"):  # shapes are enough
-            model = build_model(name)
-        lines.append(f"| {name} | {count_parameters(model):,} | {count_macs(model):,} |")
-    return "\n".join(lines)
+    with torch.device("meta"):  # shapes are enough
+        models = {name: build_model(name) for name in MODELS}
+    rows = [f"| {name} | {count_parameters(m):,} | {count_macs(m):,} |" for name, m in models.items()]
+    return "\n".join(["| network | parameters | MACs |", "|---|---:|---:|", *rows])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ benchmark.py starts this file by its path, as a process of its own. It imports n
 network, so that the project's settings (torch's switches, memory) make it neither faster nor slower.
 """
 
-import functools
 import io
 import os
 import pickle
@@ -27,20 +26,19 @@ import torch.nn.functional as F
 from albumentations.pytorch import ToTensorV2
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 Images = tuple[np.ndarray, np.ndarray]  # uint8 [N, 32, 32, 3] and labels int64 [N]
 
 NORMALIZE = A.Normalize(mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
 TEST_TRANSFORM = A.Compose([NORMALIZE, ToTensorV2()])
+HOLE = {"num_holes_range": (1, 1), "hole_height_range": (16, 16), "hole_width_range": (16, 16)}
 # The project's default augmentation with its numbers, from the library's own classes.
 TRAIN_TRANSFORM = A.Compose(
     [
         A.HorizontalFlip(p=0.5),
         A.Affine(translate_percent=(-0.1, 0.1), scale=(0.9, 1.1), rotate=(-15, 15), p=0.5),
-        A.CoarseDropout(
-            num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16), fill=0, p=0.5
-        ),
+        A.CoarseDropout(**HOLE, fill=0, p=0.5),
         A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, p=0.5),
         NORMALIZE,
         ToTensorV2(),
@@ -66,10 +64,8 @@ class PlainRecipe:
     """The work to be measured: each method does it once and returns its number of images.
 
     Args:
-        train, test: the images; `test` is evaluated in batches of up to 1,000.
-        batch_size: images per training step of `epoch`, and per batch of `loader`.
-        workers: the numbers of loader processes that `loader` is asked for; `epoch` uses the last one.
-        step_sizes: the batch sizes that `step` is asked for.
+        steps: training steps of one call of `step`.
+        workers: processes of each loader.
     """
 
     def __init__(
@@ -79,36 +75,27 @@ class PlainRecipe:
         train: Images,
         test: Images,
         batch_size: int,
-        workers: tuple[int, ...],
-        step_sizes: tuple[int, ...],
+        steps: int,
+        workers: int,
         device: torch.device,
     ) -> None:
-        self.model, self.device = model.to(device), device
+        self.model, self.device, self.steps = model.to(device), device, steps
         self.optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
-
-        def make_loader(dataset: Dataset, batch_size: int, count: int, *, shuffle: bool) -> DataLoader:
-            # lasting workers favour this side: most scripts start them anew each epoch
-            options = {"pin_memory": device.type == "cuda", "persistent_workers": count > 0}
-            return DataLoader(dataset, batch_size, shuffle, num_workers=count, **options)
-
+        # lasting workers favour this side: most scripts start them anew each epoch
+        options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
         dataset = PlainDataset(train, TRAIN_TRANSFORM)
-        self.loaders = {count: make_loader(dataset, batch_size, count, shuffle=True) for count in workers}
-        self.train_loader = self.loaders[workers[-1]]
-        dataset = PlainDataset(test, TEST_TRANSFORM)
-        self.test_loader = make_loader(dataset, min(1000, len(dataset)), workers[-1], shuffle=False)
-        dataset = PlainDataset(train, TEST_TRANSFORM)
-        self.batches = {}
-        for size in step_sizes:
-            images, labels = default_collate([dataset[index % len(dataset)] for index in range(size)])
-            self.batches[size] = images.to(device), labels.to(device)
+        self.train_loader = DataLoader(dataset, batch_size, shuffle=True, **options)
+        self.test_loader = DataLoader(PlainDataset(test, TEST_TRANSFORM), batch_size=1000, **options)
+        images, labels = next(iter(DataLoader(dataset, batch_size)))
+        self.batch = images.to(device), labels.to(device)
 
-    def loader(self, workers: int) -> int:
+    def loader(self) -> int:
         """Take all batches of an epoch from the training loader."""
-        return sum(len(labels) for _, labels in self.loaders[workers])
+        return sum(len(labels) for _, labels in self.train_loader)
 
-    def step(self, batch_size: int, steps: int) -> int:
+    def step(self) -> int:
         """Train `steps` times on the same batch, which is on the device already."""
-        return self._run([self.batches[batch_size]] * steps, train=True)
+        return self._run([self.batch] * self.steps, train=True)
 
     def evaluation(self) -> int:
         """Loss and accuracy over the test images."""
@@ -140,8 +127,7 @@ class PlainRecipe:
 
 def images_per_s(work: Callable[[], int], device: torch.device) -> float:
     """Do `work` once; the images that it returns per second, until the device has finished them."""
-    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
-    synchronize = waits.get(device.type, lambda: None)
+    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     synchronize()
     start = time.perf_counter()
     images = work()
@@ -150,10 +136,10 @@ def images_per_s(work: Callable[[], int], device: torch.device) -> float:
 
 
 def main() -> None:
-    """Measure what benchmark.py asks for on standard input, until it sends None or closes the pipe.
+    """Measure what benchmark.py asks for on standard input, until the pipe is closed.
 
     The first object there holds the arguments of `PlainRecipe`, network and device by name; each further one
-    is (method, keyword arguments), answered on standard output by the rate in images/s or an error as text.
+    is a method's name, answered on standard output by the rate in images/s, or an error as text.
     """
     answers = io.FileIO(sys.stdout.fileno(), "w")
     sys.stdout = sys.stderr  # what a library prints is no answer
@@ -164,8 +150,8 @@ def main() -> None:
         options = pickle.load(sys.stdin.buffer)
         device, model = torch.device(options.pop("device")), build_model(options.pop("model"))
         recipe = PlainRecipe(model, device=device, **options)
-        while request := pickle.load(sys.stdin.buffer):
-            work = functools.partial(getattr(recipe, request[0]), **request[1])
+        while True:
+            work = getattr(recipe, pickle.load(sys.stdin.buffer))
             pickle.dump(images_per_s(work, device), answers)
     except (EOFError, BrokenPipeError):  # benchmark.py has ended
         return

@@ -79,25 +79,22 @@ def test_an_unfinished_run_is_resumed(train: TrainStub, tmp_path: Path, state: s
     ("argv", "message"),
     [
         ([], "nothing to run"),
-        (["--run", "no colon"], "--run takes"),
-        (["--run", ": --mix mixup"], "--run takes"),
-        (["--run", "a/b: x"], "--run takes"),
+        (
+            ["--run", "no colon"],
+            "experiments.py: error: argument --run: takes \"NAME: FLAGS\", not 'no colon'",
+        ),
+        (["--run", ": --mix mixup"], "argument --run: takes up to 80 letters"),
+        (["--run", "a/b: x"], "argument --run: takes up to 80 letters"),
         (["--run", "fast:", "--recipes", "fast"], "two runs have the same name"),
+        (["--run", "good:", "--run", "bad: --mxi 1"], "train.py: error: unrecognized arguments: --mxi 1"),
     ],
 )
-def test_wrong_usage_is_refused_before_anything_runs(train: TrainStub, argv: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        experiments.main(argv)
-    assert not train.commands
-
-
-def test_flags_that_train_does_not_have_are_refused_before_anything_runs(
-    train: TrainStub, capsys: pytest.CaptureFixture
+def test_wrong_usage_is_refused_before_anything_runs(
+    train: TrainStub, capsys: pytest.CaptureFixture, argv: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        experiments.main(["--run", "good: --mix mixup", "--run", "bad: --mxi mixup"])
-    assert stopped.value.code == 2 and not train.commands
-    assert "train.py: error: unrecognized arguments: --mxi" in capsys.readouterr().err
+    with pytest.raises((UsageError, SystemExit)) as stopped:
+        experiments.main(argv)
+    assert message in f"{stopped.value}{capsys.readouterr().err}" and not train.commands
 
 
 @pytest.mark.parametrize("text", ["", "epoch\n", f"{HEADER}\n", f"{HEADER}\n1,0.1,3,1,3,x\n"])
@@ -107,15 +104,12 @@ def test_a_damaged_history_is_reported_in_one_line(tmp_path: Path, text: str) ->
         experiments.accuracies(tmp_path / "h.csv")
 
 
-def test_averaged_weights_and_held_out_images_come_first(tmp_path: Path) -> None:
-    path = tmp_path / "h.csv"
-    path.write_text("epoch,val_acc_percent,ema_val_acc_percent\n1,5,6\n2,7,8\n")
-    assert experiments.accuracies(path) == [6.0, 8.0]
-
-
-def test_one_seed_has_no_deviation() -> None:
-    assert experiments.mean_and_deviation([70.0]) == "70.00"
-    assert experiments.mean_and_deviation([1.0, 2.0, 3.0], "+") == "+2.00 ± 1.00"
+def test_averaged_weights_and_held_out_images_come_first_and_one_seed_has_no_deviation(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "x-seed0_history.csv").write_text("epoch,val_acc_percent,ema_val_acc_percent\n1,9,8\n2,7,6\n")
+    table = experiments.results_table(tmp_path, {"x": []}, [0], [])
+    assert table.endswith("| x | `none` | 2 | 6.00 | 8.00 |  |\n")
 
 
 def test_the_networks_are_listed_with_parameters_and_macs() -> None:
@@ -132,7 +126,7 @@ def test_the_ablation_page_is_what_its_command_makes_of_the_histories_beside_it(
     assert words[:2] == ["python", "experiments.py"]
     split = words.index("--")
     args, shared = experiments.build_parser().parse_args(words[2:split]), words[split + 1 :]
-    variants = dict(experiments.named_flags(text) for text in args.run)
+    variants = dict(args.run)
     assert len(variants) > 10
     # its flags are parsed by train.py's parser on the way
     assert experiments.results_table(DOCS / "ablation", variants, args.seeds, shared) in page

@@ -1,6 +1,5 @@
-"""The README: its commands exist, its links lead somewhere, and its results are those of the histories."""
+"""README and CONTRIBUTING: commands parse, links and names lead to files, results are the histories'."""
 
-import argparse
 import csv
 import re
 import shlex
@@ -13,12 +12,13 @@ import evaluate
 import experiments
 import export
 import predict
-from training import flags
+from training import settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = (REPOSITORY / "README.md").read_text("utf-8")
+PAGES = {name: (REPOSITORY / name).read_text("utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+README = PAGES["README.md"]
 PARSERS = {
-    "train.py": flags.build_parser,
+    "train.py": settings.build_parser,
     "evaluate.py": evaluate.build_parser,
     "predict.py": predict.build_parser,
     "export.py": export.build_parser,
@@ -28,27 +28,41 @@ PARSERS = {
 SCRIPT = re.compile(
     rf"(?:python|torchrun --nproc-per-node=\d+) ({'|'.join(map(re.escape, PARSERS))})([^`|&\n]*)"
 )
-COMMANDS = sorted({(script, words.strip()) for script, words in SCRIPT.findall(README.replace("\\\n", " "))})
-
-
-def test_its_commands_are_found() -> None:
-    assert {script for script, _ in COMMANDS} == set(PARSERS) and len(COMMANDS) >= 20
+COMMANDS = sorted(
+    {
+        (script, words.strip())
+        for page in PAGES.values()
+        for script, words in SCRIPT.findall(page.replace("\\\n", " "))
+    }
+)
 
 
 @pytest.mark.parametrize(("script", "words"), COMMANDS, ids=" ".join)
 def test_a_command_parses(script: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {script for script, _ in COMMANDS} == set(PARSERS)
     monkeypatch.delenv("CIFAR_DATA", raising=False)
-    arguments = shlex.split(words)
-    parser: argparse.ArgumentParser = PARSERS[script]()
-    if "--help" in arguments:
-        assert parser.format_help()
-        return
-    parser.parse_args(arguments)
+    if "--help" not in words:
+        PARSERS[script]().parse_args(shlex.split(words))
 
 
-def test_its_links_lead_to_files() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
-    assert targets and [target for target in targets if not (REPOSITORY / target).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_names_lead_to_files(page: str) -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]) if "://" not in target]
+    names = re.findall(r"`([\w/]+\.(?:py|toml))`", PAGES[page])
+    assert names and [name for name in {*targets, *names} if not (REPOSITORY / name).exists()] == []
+
+
+def test_the_layout_shows_every_module() -> None:
+    picture = README.split("## Layout")[1].split("```")[1]
+    shown, room = set(), ""
+    for indent, name in re.findall(r"^( *)(\S+)", picture, re.MULTILINE):
+        if name.endswith("/"):
+            room = name
+        else:
+            shown.add(room + name if indent else name)
+    folders = (".", "core", "cifar", "training", "inspection")
+    found = [path for folder in folders for path in (REPOSITORY / folder).glob("[!_]*.py")]
+    assert shown == {path.relative_to(REPOSITORY).as_posix() for path in found}
 
 
 def test_its_results_are_those_of_the_histories() -> None:
@@ -60,7 +74,7 @@ def test_its_results_are_those_of_the_histories() -> None:
     shown = re.findall(rf"^\| (\d+){cells}{cells} \|$", results, re.MULTILINE)
     assert [int(epoch) for epoch, *_ in shown] == [1, 10, 20, 40, 41, 70, 71, 85, 86, 100]
     for epoch, *values in shown:
-        assert values == four_figures(own[int(epoch)]) + four_figures(published[int(epoch)]), f"epoch {epoch}"
+        assert values == four_metrics(own[int(epoch)]) + four_metrics(published[int(epoch)]), f"epoch {epoch}"
 
 
 def csv_by_epoch(path: Path) -> dict[int, dict[str, str]]:
@@ -68,13 +82,7 @@ def csv_by_epoch(path: Path) -> dict[int, dict[str, str]]:
         return {int(row["epoch"]): row for row in csv.DictReader(file)}
 
 
-def four_figures(row: dict[str, str]) -> list[str]:
+def four_metrics(row: dict[str, str]) -> list[str]:
     """Loss and accuracy, in training and in the test, as the README shows them."""
     columns = ("train_loss", "train_acc_percent", "test_loss", "test_acc_percent")
     return [f"{float(row[name]):.{digits}f}" for name, digits in zip(columns, (4, 2, 4, 2), strict=True)]
-
-
-def test_the_layout_names_files_that_exist() -> None:
-    layout = README.split("## Layout")[1].split("\n## ")[0]
-    names = re.findall(r"`(\w+\.py)`", layout)
-    assert names and [name for name in names if not (REPOSITORY / name).exists()] == []
