@@ -22,6 +22,7 @@ Every network takes normalised float images `[N, 3, H, W]`, H and W from 16 to 6
 logits `[N, num_classes]`. State-dict names follow torchvision's ResNet (layer1.0.conv1.weight).
 """
 
+import itertools
 from functools import partial
 
 import torch
@@ -32,9 +33,6 @@ from torch.utils.flop_counter import FlopCounterMode
 # Smallest and largest image side, pixels. At 16 the last stage still sees 4x4. Other sizes would run too,
 # but are more likely a mistake in the data.
 MIN_SIZE, MAX_SIZE = 16, 64
-SE_REDUCTION = 16
-DEPTHS = (20, 32, 44, 56, 110)
-OPTIONS = ("zero_init_residual", "drop_path")  # of every network
 
 
 def drop_path(residual: Tensor, rate: float) -> Tensor:
@@ -44,8 +42,7 @@ def drop_path(residual: Tensor, rate: float) -> Tensor:
     Draws N numbers from torch's global generator (of the device).
     """
     keep = 1.0 - rate
-    mask = residual.new_empty((residual.shape[0], 1, 1, 1)).bernoulli_(keep).div_(keep)
-    return residual * mask
+    return residual * residual.new_empty((residual.shape[0], 1, 1, 1)).bernoulli_(keep).div_(keep)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -65,57 +62,44 @@ class BasicBlock(nn.Module):
     the probability that an image skips the two convolutions in training.
     """
 
-    pre_activation = False
-    options: tuple[str, ...] = OPTIONS
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, drop_path: float = 0.0) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.conv1 = _conv3x3(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = _conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = None
+        self.downsample = self.se = None
         if stride != 1 or in_channels != out_channels:
             convolution = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
-    def residual(self, x: Tensor) -> Tensor:
-        """The branch beside the shortcut, before the sum."""
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.bn2(self.conv2(out))
-
     def forward(self, x: Tensor) -> Tensor:
-        out = self.residual(x)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        if self.se is not None:
+            out = self.se(out)
         if self.drop_path > 0 and self.training:
             out = drop_path(out, self.drop_path)
         # assigned, since torch.fx drops a call whose result is not used
         out = out.add_(x if self.downsample is None else self.downsample(x))
         return F.relu(out, inplace=True)
 
-    def zero_residual(self) -> None:
-        """Make the block start as its shortcut alone (Goyal et al. 2017, arXiv 1706.02677)."""
-        nn.init.zeros_(self.bn2.weight)
-
 
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate in (0, 1) computed from all channel means (arXiv 1709.01507).
 
-    [N, C, H, W] -> the same shape; the gate is [N, C, 1, 1].
+    [N, C, H, W] -> the same shape.
     """
 
-    def __init__(self, channels: int, reduction: int = SE_REDUCTION) -> None:
+    def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, channels // reduction)
         self.fc2 = nn.Linear(channels // reduction, channels)
 
-    def gate(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, 1, 1], values in (0, 1)."""
-        hidden = F.relu(self.fc1(x.mean((2, 3))), inplace=True)
-        return torch.sigmoid(self.fc2(hidden))[:, :, None, None]
-
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(x)
+        hidden = F.relu(self.fc1(x.mean((2, 3))), inplace=True)
+        return x * torch.sigmoid(self.fc2(hidden))[:, :, None, None]
 
 
 class SEBasicBlock(BasicBlock):
@@ -124,11 +108,6 @@ class SEBasicBlock(BasicBlock):
     def __init__(self, in_channels: int, out_channels: int, *args: float) -> None:
         super().__init__(in_channels, out_channels, *args)
         self.se = SqueezeExcitation(out_channels)
-
-    def residual(self, x: Tensor) -> Tensor:
-        # not by super(), which TorchScript lacks
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.se(self.bn2(self.conv2(out)))
 
 
 class PreActBlock(nn.Module):
@@ -139,16 +118,8 @@ class PreActBlock(nn.Module):
     (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
     """
 
-    pre_activation = True
-    options: tuple[str, ...] = OPTIONS
-
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        drop_path: float = 0.0,
-        dropout: float = 0.0,
+        self, in_channels: int, out_channels: int, stride: int, drop_path: float = 0.0, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
@@ -170,16 +141,6 @@ class PreActBlock(nn.Module):
         if self.drop_path > 0 and self.training:
             out = drop_path(out, self.drop_path)
         return out.add_(x if self.downsample is None else self.downsample(active))
-
-    def zero_residual(self) -> None:
-        """Make the block start as its shortcut alone: here the branch ends in a convolution."""
-        nn.init.zeros_(self.conv2.weight)
-
-
-class WideBlock(PreActBlock):
-    """PreActBlock as the wide networks use it: with the dropout option."""
-
-    options = (*OPTIONS, "dropout")
 
 
 class ResNet(nn.Module):
@@ -208,35 +169,28 @@ class ResNet(nn.Module):
         **block_options: float,
     ) -> None:
         super().__init__()
-        widths = [16 * widen, 32 * widen, 64 * widen]
-        self.pre_activation = block.pre_activation
+        self.pre_activation = block is PreActBlock
         self.conv1 = _conv3x3(3, 16)
         # Pre-activation blocks normalise their own input: the one BatchNorm outside comes last.
-        self.bn1 = nn.BatchNorm2d(widths[-1] if self.pre_activation else 16)
-
-        stages, channels = [], 16
-        for stage, width in enumerate(widths):
-            blocks = []
-            for index in range(blocks_per_stage):
-                stride = 2 if stage > 0 and index == 0 else 1
-                rate = drop_path * (stage + (index + 1) / blocks_per_stage) / 3
-                blocks.append(block(channels, width, stride, rate, **block_options))
-                channels = width
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3 = stages
+        self.bn1 = nn.BatchNorm2d(64 * widen if self.pre_activation else 16)
+        channels, blocks, n = 16, [], blocks_per_stage
+        for stage, index in itertools.product(range(3), range(n)):
+            width, stride = 16 * widen * 2**stage, 2 if stage > 0 and index == 0 else 1
+            rate = drop_path * (stage + (index + 1) / n) / 3
+            blocks.append(block(channels, width, stride, rate, **block_options))
+            channels = width
+        self.layer1, self.layer2, self.layer3 = (nn.Sequential(*blocks[i : i + n]) for i in (0, n, 2 * n))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
-        self._initialise(zero_init_residual)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        if zero_init_residual:
-            for block in (*self.layer1, *self.layer2, *self.layer3):
-                block.zero_residual()
+        if zero_init_residual:  # each block starts as its shortcut alone (Goyal et al. 2017, 1706.02677)
+            for module in blocks:
+                nn.init.zeros_(module.conv2.weight if self.pre_activation else module.bn2.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         # Recorded graphs go without the check: torch.fx passes a Proxy, whose shape is unknown, and
@@ -252,26 +206,22 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
     def _check_shape(self, shape: torch.Size) -> None:
-        is_rgb_batch = len(shape) == 4 and shape[1] == 3
-        if not (is_rgb_batch and MIN_SIZE <= shape[2] <= MAX_SIZE and MIN_SIZE <= shape[3] <= MAX_SIZE):
+        if len(shape) != 4 or shape[1] != 3 or not all(MIN_SIZE <= side <= MAX_SIZE for side in shape[2:]):
             raise ValueError(
                 f"{self.name} takes images [N, 3, H, W] with H, W from {MIN_SIZE} to {MAX_SIZE}; "
                 f"got {list(shape)}"
             )
 
 
-def _resnets(prefix: str, block: type[nn.Module]) -> dict[str, partial[ResNet]]:
-    """Depth 6n + 2: the stem, 3 stages of n blocks of 2 convolutions, the linear layer."""
-    return {f"{prefix}{depth}": partial(ResNet, block, (depth - 2) // 6) for depth in DEPTHS}
-
-
-# The wide networks' depth is 6n + 4: it counts the three 1x1 shortcuts too.
+# A depth of 6n + 2 counts the stem, three stages of n blocks of two convolutions, and the linear layer; the
+# wide networks' 6n + 4 counts the three 1x1 shortcuts too.
+DEPTHS = (20, 32, 44, 56, 110)
 MODELS: dict[str, partial[ResNet]] = {
-    **_resnets("resnet", BasicBlock),
-    **_resnets("se_resnet", SEBasicBlock),
+    **{f"resnet{depth}": partial(ResNet, BasicBlock, (depth - 2) // 6) for depth in DEPTHS},
+    **{f"se_resnet{depth}": partial(ResNet, SEBasicBlock, (depth - 2) // 6) for depth in DEPTHS},
     "preact_resnet110": partial(ResNet, PreActBlock, (110 - 2) // 6),
-    "wrn_16_4": partial(ResNet, WideBlock, (16 - 4) // 6, widen=4),
-    "wrn_28_10": partial(ResNet, WideBlock, (28 - 4) // 6, widen=10),
+    "wrn_16_4": partial(ResNet, PreActBlock, (16 - 4) // 6, widen=4),
+    "wrn_28_10": partial(ResNet, PreActBlock, (28 - 4) // 6, widen=10),
 }
 
 
@@ -283,7 +233,7 @@ def model_options(name: str) -> tuple[str, ...]:
     """
     if name not in MODELS:
         raise ValueError(f"unknown network {name!r}; known: {', '.join(MODELS)}")
-    return MODELS[name].args[0].options
+    return ("zero_init_residual", "drop_path") + ("dropout",) * name.startswith("wrn")
 
 
 def build_model(name: str = "resnet56", num_classes: int = 100, **options: float) -> nn.Module:
@@ -313,14 +263,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def count_macs(model: nn.Module, size: int = 32) -> int:
-    """Multiply-adds of all convolutions and linear layers for one image [3, size, size].
+def count_macs(model: nn.Module) -> int:
+    """Multiply-adds of all convolutions and linear layers for one image [3, 32, 32].
 
     The pass runs on the meta device through stand-ins for the weights: it computes and draws
     nothing, and leaves weights, BatchNorm statistics, training flags and hooks as they were.
     """
-    state = {k: torch.empty_like(v, device="meta") for k, v in model.state_dict().items()}
-    image = torch.empty(1, 3, size, size, device="meta", dtype=next(model.parameters()).dtype)
+    state = {name: torch.empty_like(value, device="meta") for name, value in model.state_dict().items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, state, (image,))
+        torch.func.functional_call(model, state, (torch.empty(1, 3, 32, 32, device="meta"),))
     return counter.get_total_flops() // 2  # a multiply-add is two operations
