@@ -21,14 +21,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from core.cli import Parser, add_processor, add_weights, progress_bar, run_main, whole_number
+from core.cli import LOG, Parser, add_processor, add_weights, progress_bar, run_main, start_log, whole_number
 from core.errors import RunError, UsageError, printable
 from core.machine import autocast, choose_device, set_up_torch, usable_cores
 from inspection.evaluation_plots import prediction_figure
@@ -40,7 +40,6 @@ SIZE = 32  # pixels, side of the square that the network takes
 PREVIEW_PX = 384  # the longer side of an image drawn beside its bars
 # Threads that decode files; each may hold a whole image, up to a gigabyte for the largest ones allowed.
 MAX_READERS = 4
-MAX_LINE = 65_536  # bytes of a path on standard input
 # Pillow reads more, but some of those start other programs (EPS), and photographs come in none of them.
 # Formats that this build of Pillow lacks are left out.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI")
@@ -58,16 +57,15 @@ class Result:
     """Result for one file: its `error`, or the fields below it, as far as they are known yet.
 
     `pixels` is the uint8 RGB [32, 32, 3] that the network takes; `preview` the whole image for people, uint8
-    [H, W, 3], if asked for; `labels` int64 [K] are the most likely classes, with their `probabilities`
-    float32 [K] descending.
+    [H, W, 3], if asked for; `predictions` has the keys "class", "superclass", "label" and "probability" for
+    each of the K most likely classes, the most likely first.
     """
 
     path: str
     error: str | None = None
     pixels: np.ndarray | None = None
     preview: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    probabilities: np.ndarray | None = None
+    predictions: list[dict[str, Any]] | None = None
 
 
 def build_parser() -> Parser:
@@ -79,30 +77,17 @@ def build_parser() -> Parser:
         "square at its centre and resized to 32x32 (antialiased); a 32x32 image is used as it is.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="an image file; a folder, with all below it; a quoted pattern ('photos/**/*.jpg'); - for "
-        "paths on standard input, one per line",
+    flag = parser.add_argument
+    inputs = (
+        "an image file; a folder, with all below it; a quoted pattern ('photos/**/*.jpg'); - for paths on "
     )
+    flag("inputs", nargs="+", metavar="INPUT", help=f"{inputs}standard input, one per line")
     add_weights(parser, "folder of the runs, where --weights is not given")
-    parser.add_argument(
-        "--topk", type=whole_number(1), default=5, metavar="K", help="classes per image (default: 5)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object per line and image instead of the table"
-    )
-    parser.add_argument(
-        "--save", type=Path, metavar="DIR", help="also draw each image with its bars, as PNG in DIR"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=whole_number(1, 100_000),
-        default=128,
-        metavar="N",
-        help="images per batch (default: 128)",
-    )
+    flag("--topk", type=whole_number(1), default=5, metavar="K", help="classes per image (default: 5)")
+    flag("--json", action="store_true", help="print one JSON object per line and image instead of the table")
+    flag("--save", type=Path, metavar="DIR", help="also draw each image with its bars, as PNG in DIR")
+    batch, text = whole_number(1, 100_000), "images per batch (default: 128)"
+    flag("--batch-size", type=batch, default=128, metavar="N", help=text)
     add_processor(parser)
     return parser
 
@@ -120,16 +105,19 @@ def main(argv: list[str] | None = None) -> int:
             args.save.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot make the folder {args.save}: {error.strerror}") from None
+    start_log(None)
     if not args.json:
-        data = trained.recipe.data_note
-        say(f"{trained.recipe.model} from {printable(str(trained.path), 300)}, trained on {data}\n")
+        path = printable(trained.path, 300)
+        LOG.info(f"{trained.recipe.model} from {path}, trained on {trained.recipe.data_note}")
 
     number, failed = 0, 0
-    with warnings.catch_warnings(), progress_bar(total=count_inputs(args.inputs), unit="image") as bar:
+    # only reading standard input could tell how many images it names
+    total = None if "-" in args.inputs else sum(1 for _ in find_images(args.inputs))
+    with warnings.catch_warnings(), progress_bar(total=total, unit="image") as bar:
         warnings.simplefilter("ignore")  # Pillow warns of odd tags, matplotlib of letters that its font lacks
         results = predict(
             trained,
-            find_images(args.inputs, lines_of(sys.stdin)),
+            find_images(args.inputs),
             batch_size=args.batch_size,
             topk=args.topk,
             precision=args.precision or trained.recipe.precision,
@@ -138,49 +126,40 @@ def main(argv: list[str] | None = None) -> int:
         for number, result in enumerate(results, start=1):
             if result.error is not None:
                 failed += 1
-                path, error = printable(result.path, 300), printable(result.error, 300)
-                say(f"predict.py: error: {path}: {error}\n", sys.stderr)
+                report(f"error: {printable(result.path, 300)}: {printable(result.error, 300)}")
             else:
-                say(as_json(result, trained) if args.json else as_table(result, trained))
+                LOG.info(as_json(result) if args.json else as_table(result, max(map(len, trained.classes))))
                 if args.save is not None:
                     save_drawing(result, trained, args.save, number)
             bar.update()
     if not number:
         raise RunError("no image was named: the list on standard input is empty")
     if failed:
-        say(f"predict.py: {failed:,} of {number:,} inputs could not be read\n", sys.stderr)
+        report(f"{failed:,} of {number:,} inputs could not be read")
     return 1 if failed else 0
 
 
-def count_inputs(inputs: list[str]) -> int | None:
-    """The number of files, for the progress bar; None if only reading standard input could tell, or if there
-    is no terminal to show a bar on."""
-    if "-" in inputs or sys.stderr is None or not sys.stderr.isatty():
-        return None
-    return sum(1 for _ in find_images(inputs))
+def report(message: str) -> None:
+    """Write `message` to standard error, unless the shell closed it, without tearing the progress bar."""
+    if sys.stderr is not None:
+        tqdm.write(f"predict.py: {message}", file=sys.stderr)
 
 
-def say(text: str, stream: TextIO | Any = None) -> None:
-    """Write `text` to `stream` (default: standard output) without tearing a bar on the terminal."""
-    stream = sys.stdout if stream is None else stream
-    if stream is not None:  # None: closed by the shell, >&-
-        tqdm.write(text, file=stream, end="")
-        stream.flush()
-
-
-def find_images(arguments: Iterable[str], lines: Iterable[bytes] = ()) -> Iterator[Result]:
+def find_images(arguments: Iterable[str]) -> Iterator[Result]:
     """The files that the arguments mean, in order, each found only when it is asked for.
 
     An argument is a file of any name; a folder, for all files in it and below it that have the extension of
     an image (hidden ones and links to folders left out), sorted by name; a pattern with *, ? or [...] (** for
     folders of any depth), unless a file has that very name, for the files that match; or "-" for the files
-    and folders that `lines` name, one per line. Where there is nothing, a Result with an error says so.
+    and folders named on standard input, one per line. Where there is nothing, a Result with an error says so.
+
+    Raises:
+        RunError: standard input is closed or cannot be read.
     """
     for argument in arguments:
         if argument == "-":
-            for line in lines:
-                if name := os.fsdecode(line.rstrip(b"\r\n")):
-                    yield from _file_or_folder(name)
+            for name in filter(None, _lines_of_stdin()):
+                yield from _file_or_folder(name)
         elif not os.path.lexists(argument) and glob.has_magic(argument):
             names = sorted(filter(os.path.isfile, glob.iglob(argument, recursive=True)))
             yield from map(Result, names)
@@ -190,17 +169,13 @@ def find_images(arguments: Iterable[str], lines: Iterable[bytes] = ()) -> Iterat
             yield from _file_or_folder(argument)
 
 
-def lines_of(stream: object) -> Iterator[bytes]:
-    """The lines of a text stream such as sys.stdin, as bytes, since a path need not be text.
-
-    Raises:
-        RunError: there is no such stream, or it cannot be read.
-    """
-    source = getattr(stream, "buffer", None)
-    if source is None:
+def _lines_of_stdin() -> Iterator[str]:
+    """The lines of standard input, decoded like the paths of the file system: a path need not be text."""
+    if sys.stdin is None:
         raise RunError("'-' reads paths from standard input, which is closed")
     try:
-        yield from iter(lambda: source.readline(MAX_LINE), b"")
+        for line in iter(lambda: sys.stdin.buffer.readline(65_536), b""):  # no path is longer
+            yield os.fsdecode(line.rstrip(b"\r\n"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read paths from standard input: {error}") from None
 
@@ -214,7 +189,7 @@ def _file_or_folder(name: str) -> Iterator[Result]:
         # macOS leaves ._photo.jpg beside photo.jpg on foreign disks
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         for file in sorted(files):
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in _extensions():
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in _formats():
                 found = True
                 yield Result(os.path.join(here, file))
     for problem in problems:
@@ -224,17 +199,10 @@ def _file_or_folder(name: str) -> Iterator[Result]:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
-    """The FORMATS that this build of Pillow has."""
-    Image.init()
-    return tuple(name for name in Image.ID if name in FORMATS)
-
-
-@functools.cache
-def _extensions() -> frozenset[str]:
-    """The extensions of their files: .jpg, .png, ..."""
+def _formats() -> dict[str, str]:
+    """From extension (.jpg) to format, for those of FORMATS that this build of Pillow reads."""
     extensions = Image.registered_extensions()
-    return frozenset(extension for extension, name in extensions.items() if name in _formats())
+    return {key: name for key, name in extensions.items() if name in FORMATS and name in Image.OPEN}
 
 
 def read_image(path: str, preview_px: int = 0) -> Result:
@@ -247,11 +215,10 @@ def read_image(path: str, preview_px: int = 0) -> Result:
     enlarges smoothly too. A 32x32 image is unchanged. Of 16-bit grey levels the high byte is used, as Pillow
     does with 16-bit colour; of an animation the first frame. Colour profiles are not applied.
     """
-    if not os.path.isfile(path):
-        # reading a pipe or a device might never end
+    if not os.path.isfile(path):  # reading a pipe or a device might never end
         return Result(path, "not a regular file" if os.path.lexists(path) else "no such file")
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(path, formats=tuple(dict.fromkeys(_formats().values()))) as image:
             return Result(path, None, *_pixels_and_preview(image, preview_px))
     except RunError as error:
         reason = str(error)
@@ -273,7 +240,7 @@ def _pixels_and_preview(image: Image.Image, preview_px: int) -> tuple[np.ndarray
     if image.width * image.height > MAX_PIXELS:
         raise RunError(f"more than {MAX_PIXELS // 10**6} million pixels: refused")
     ImageOps.exif_transpose(image, in_place=True)
-    upright = _over_white(_eight_bit(image))
+    upright = _to_rgb(image)
     width, height = upright.size
     left, top = max(width - height, 0) / 2, max(height - width, 0) / 2
     box = (left, top, width - left, height - top)
@@ -285,28 +252,23 @@ def _pixels_and_preview(image: Image.Image, preview_px: int) -> tuple[np.ndarray
     return np.array(square), np.array(upright)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Grey levels of more than 8 bits as mode L; other images as they are.
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGB, transparent parts over white.
 
     Raises:
-        RunError: the levels are floating-point numbers in no range that images have.
+        RunError: its levels are floating-point numbers in no range that images have.
     """
     if image.mode.startswith("I"):  # Pillow's modes I;16, I;16B, ..., and I for the same in older versions
         levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        return Image.fromarray(levels.astype(np.uint8))
-    if image.mode == "F":
+        image = Image.fromarray(levels.astype(np.uint8))
+    elif image.mode == "F":
         levels = np.asarray(image)
-        if not np.isfinite(levels).all() or levels.min() < 0 or levels.max() > 255:
+        if not (levels.min() >= 0 and levels.max() <= 255):  # nor with NaN
             raise RunError("floating-point levels outside 0 to 1 and 0 to 255")
         scale = 255 if levels.max() <= 1 else 1
-        return Image.fromarray(np.rint(levels * scale).astype(np.uint8))
-    return image
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    """The image as RGB, transparent parts over white."""
+        image = Image.fromarray(np.rint(levels * scale).astype(np.uint8))
     if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image.convert("RGB")
     layer = image.convert("RGBA")
     background = Image.new("RGB", layer.size, "white")
     background.paste(layer, mask=layer.getchannel("A"))
@@ -329,73 +291,60 @@ def predict(
     found = iter(found)
     with ThreadPoolExecutor(min(MAX_READERS, usable_cores())) as readers:
         while batch := list(itertools.islice(found, batch_size)):
-            batch = list(
-                readers.map(lambda item: item if item.error else read_image(item.path, preview_px), batch)
-            )
-            images = [result for result in batch if result.error is None]
-            if images:
-                pixels = np.stack([result.pixels for result in images])
-                labels, probabilities = classify(trained, pixels, topk, precision)
-                for row, result in enumerate(images):
-                    result.labels, result.probabilities = labels[row], probabilities[row]
+            batch = list(readers.map(lambda x: x if x.error else read_image(x.path, preview_px), batch))
+            if images := [result for result in batch if result.error is None]:
+                labels, probabilities = classify(
+                    trained, np.stack([result.pixels for result in images]), topk, precision
+                )
+                for result, *row in zip(images, labels.tolist(), probabilities.tolist(), strict=True):
+                    result.predictions = [
+                        {
+                            "class": trained.classes[label],
+                            "superclass": trained.superclasses[trained.superclass_of[label]],
+                            "label": label,
+                            "probability": probability,
+                        }
+                        for label, probability in zip(*row, strict=True)
+                    ]
             yield from batch
 
 
+@torch.inference_mode()
 def classify(
     trained: LoadedModel, images: np.ndarray, topk: int, precision: str
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The `topk` most likely labels, int64 [N, K], of `images` (uint8 [N, 32, 32, 3]) and their
     probabilities, float32 [N, K], descending; equal ones in the order of their labels.
+
+    Computed as in testing: with batches of the same size the logits equal those of testing bit for bit. With
+    others, some processors add in another order, which changes the last bits of float32 (more with bf16).
 
     Raises:
         RunError: a logit is NaN or infinite: the weights are corrupt.
     """
-    logits = compute_logits(trained, images, precision)
-    if not bool(torch.isfinite(logits).all()):
-        raise RunError(f"{trained.path} gives NaN or infinite logits: its weights are corrupt")
-    # on the CPU: the sort there is stable, and topk is not
-    probabilities, labels = logits.cpu().softmax(1).sort(dim=1, descending=True, stable=True)
-    return labels[:, :topk].numpy(), probabilities[:, :topk].numpy()
-
-
-@torch.inference_mode()
-def compute_logits(trained: LoadedModel, images: np.ndarray, precision: str) -> torch.Tensor:
-    """Logits float32 [N, classes] of `images` (uint8 [N, 32, 32, 3]), computed as in testing.
-
-    With batches of the same size they equal those of testing bit for bit. With others, some processors add in
-    another order, which changes the last bits of float32 (and more with bf16).
-    """
     device = next(trained.model.parameters()).device
     batch = normalize(torch.from_numpy(images).to(device))
     with autocast(device, precision):
-        return trained.model(batch).float()
+        logits = trained.model(batch).float().cpu()
+    if not logits.isfinite().all():
+        raise RunError(f"{trained.path} gives NaN or infinite logits: its weights are corrupt")
+    # on the CPU: the sort there is stable, and topk is not
+    probabilities, labels = logits.softmax(1).sort(dim=1, descending=True, stable=True)
+    return labels[:, :topk], probabilities[:, :topk]
 
 
-def as_table(result: Result, trained: LoadedModel) -> str:
-    """The path, and below it a line for each class: rank, probability, class, superclass."""
-    text, width = f"{printable(result.path, 300)}\n", max(len(name) for name in trained.classes)
-    for rank, row in enumerate(_rows(result, trained), start=1):
+def as_table(result: Result, width: int) -> str:
+    """The path, and a line for each class: rank, probability, class (`width` columns), superclass."""
+    lines = [printable(result.path, 300)]
+    for rank, row in enumerate(result.predictions, start=1):
         percent = 100 * row["probability"]
-        text += f"{rank:>4}  {percent:6.2f} %  {row['class']:<{width}}  {row['superclass']}\n"
-    return text
+        lines.append(f"{rank:>4}  {percent:6.2f} %  {row['class']:<{width}}  {row['superclass']}")
+    return "\n".join(lines)
 
 
-def as_json(result: Result, trained: LoadedModel) -> str:
-    """The result as one line of JSON: {"path": ..., "predictions": [{"class", "superclass", "label",
-    "probability"}, ...]}, the most likely class first."""
-    return json.dumps({"path": result.path, "predictions": _rows(result, trained)}) + "\n"
-
-
-def _rows(result: Result, trained: LoadedModel) -> list[dict[str, Any]]:
-    return [
-        {
-            "class": trained.classes[label],
-            "superclass": trained.superclasses[trained.superclass_of[label]],
-            "label": label,
-            "probability": probability,
-        }
-        for label, probability in zip(result.labels.tolist(), result.probabilities.tolist(), strict=True)
-    ]
+def as_json(result: Result) -> str:
+    """The result as one line of JSON: {"path": ..., "predictions": [...]}."""
+    return json.dumps({"path": result.path, "predictions": result.predictions})
 
 
 def save_drawing(result: Result, trained: LoadedModel, folder: Path, number: int) -> Path:
@@ -403,9 +352,9 @@ def save_drawing(result: Result, trained: LoadedModel, folder: Path, number: int
     from 1 over all inputs, distinguishes files of one name in several folders."""
     name = Path(result.path).name
     safe = re.sub(r"[^\w.-]", "_", os.path.splitext(name)[0])[:80]
-    names = [trained.classes[label] for label in result.labels.tolist()]
+    names, values = zip(*((row["class"], row["probability"]) for row in result.predictions), strict=True)
     title = f"{printable(name, 60)} ({trained.recipe.model}, {trained.recipe.data_note})"
-    figure = prediction_figure(result.preview, names, result.probabilities, title)
+    figure = prediction_figure(result.preview, names, values, title)
     return write_png(figure, folder / f"{number:05d}_{safe}.png")
 
 
