@@ -25,7 +25,7 @@ from cifar.dataset import balanced_subset, load_dataset
 from core.cli import (
     LOG,
     Parser,
-    add_data_folder,
+    add_data_dir,
     add_processor,
     add_weights,
     plain_name,
@@ -56,7 +56,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add_weights(parser, "folder for figures and NAME_report.html")
     images = parser.add_argument_group("test images")
-    add_data_folder(images)
+    add_data_dir(images)
     which = images.add_mutually_exclusive_group()
     text = "test on a class-balanced subset of N images (default: the images the run was tested on)"
     which.add_argument("--limit-test", type=whole_number(1), metavar="N", help=text)

@@ -85,7 +85,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="test images to compare on (default: 1000)",
     )
-    add_data_dir(parser, "folder that holds cifar-100-python/; nothing is fetched")
+    add_data_dir(parser, download=False)
     return parser
 
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import logging
-import math
 import os
 import re
 import shlex
@@ -27,7 +26,6 @@ MAX_ANSWER = 4096
 MAX_ATTEMPTS = 100
 # How long ranks other than 0 wait before they print an error.
 ERROR_DELAY_S = 2.0
-DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -46,16 +44,12 @@ def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> 
 
 
 def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) -> T:
-    interactive = is_interactive()
     for _ in range(MAX_ATTEMPTS):
         try:
-            text = _read_line(question, interactive)
-        except (EOFError, RuntimeError, OSError, ValueError):  # closed, or absent
+            text = _read_line(question)
+        except (AttributeError, EOFError, OSError, RuntimeError, ValueError):  # absent, closed or at its end
             print(f"\nNo answer: taking the default, {shown}.", flush=True)
             return default
-        if not interactive:
-            print(printable(text, 40), flush=True)
-        text = text.strip()
         if not text:
             return default
         try:
@@ -65,27 +59,16 @@ def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) 
     raise UsageError(f"{MAX_ATTEMPTS} wrong answers to {question.strip()!r}: pass a flag instead, or --yes")
 
 
-def _read_line(question: str, interactive: bool) -> str:
-    """One line of standard input; from a pipe, at most MAX_ANSWER characters.
-
-    Raises:
-        EOFError, RuntimeError, OSError, ValueError: there is no input, or no more of it.
-    """
-    _tolerate(sys.stdin, "replace")
-    if interactive:
-        return input(question)
+def _read_line(question: str) -> str:
+    """One line of standard input, stripped; from a pipe, at most MAX_ANSWER characters, which are echoed."""
+    if is_interactive():
+        return input(question).strip()
     print(question, end="", flush=True)
-    line = sys.stdin.readline(MAX_ANSWER) if sys.stdin is not None else ""
+    line = sys.stdin.readline(MAX_ANSWER)
     if not line:
         raise EOFError
-    return line.rstrip("\r\n")
-
-
-def _tolerate(stream: object, errors: str) -> None:
-    """Replace or escape what the stream's encoding cannot represent, where it would raise an error."""
-    if getattr(stream, "errors", errors) != errors:
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # no text layer, closed, or read from
-            stream.reconfigure(errors=errors)
+    print(printable(line.rstrip("\r\n"), 40), flush=True)
+    return line.strip()
 
 
 def ask_yes_no(question: str, default: bool = True) -> bool:
@@ -125,15 +108,11 @@ def number(low: float, high: float) -> Callable[[str], float]:
     """A flag type: a finite number from `low` to `high`."""
 
     def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"takes a number from {low:g} to {high:g}, not {printable(text, 40)!r}"
-            )
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        limits = f"from {low:g} to {high:g}"
+        raise argparse.ArgumentTypeError(f"takes a number {limits}, not {printable(text, 40)!r}")
 
     return number
 
@@ -168,49 +147,30 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message, 300)} (see {self.prog} --help)\n")
 
 
-def add_data_dir(group: argparse._ActionsContainer, folder_help: str) -> None:
-    """Add --data-dir, for every script that reads the data set."""
-    group.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("CIFAR_DATA") or "data"),
-        metavar="DIR",
-        help=f"{folder_help} (default: $CIFAR_DATA, else data)",
-    )
-
-
-def add_data_folder(group: argparse._ActionsContainer) -> None:
-    """Add --data-dir and --data-url, for the scripts that may download the data set."""
-    add_data_dir(group, "folder with cifar-100-python/; it is downloaded there if missing")
-    group.add_argument(
-        "--data-url",
-        default=os.environ.get("CIFAR100_URL") or None,
-        metavar="URL",
-        help="try this address or local archive first (default: $CIFAR100_URL)",
-    )
+def add_data_dir(group: argparse._ActionsContainer, *, download: bool = True) -> None:
+    """Add --data-dir and, for the scripts that may download the data set, --data-url."""
+    if_missing = "it is downloaded there if missing" if download else "nothing is downloaded"
+    text = f"folder with cifar-100-python/; {if_missing} (default: $CIFAR_DATA, else data)"
+    folder = Path(os.environ.get("CIFAR_DATA") or "data")
+    group.add_argument("--data-dir", type=Path, default=folder, metavar="DIR", help=text)
+    if download:
+        text = "try this address or local archive first (default: $CIFAR100_URL)"
+        address = os.environ.get("CIFAR100_URL") or None
+        group.add_argument("--data-url", default=address, metavar="URL", help=text)
 
 
 def add_weights(group: argparse._ActionsContainer, folder_help: str) -> None:
     """Add --weights and --output-dir, for the scripts that use a trained network."""
-    group.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint of train.py (default: the best run in the output folder, else the included weights)",
-    )
-    group.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("output"),
-        metavar="DIR",
-        help=f"{folder_help} (default: output)",
-    )
+    text = "checkpoint of train.py (default: the best run in the output folder, else the included weights)"
+    group.add_argument("--weights", type=Path, metavar="FILE", help=text)
+    text = f"{folder_help} (default: output)"
+    group.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR", help=text)
 
 
 def add_device(group: argparse._ActionsContainer) -> None:
     """Add --device, for the scripts that compute."""
     text = "where to compute; auto: CUDA if available, else MPS, else the CPU (default: auto)"
-    group.add_argument("--device", choices=DEVICES, default="auto", help=text)
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
 
 
 def add_processor(group: argparse._ActionsContainer) -> None:
@@ -261,7 +221,10 @@ class Interrupts:
 
 def run_main(main: Callable[[], int], program: str) -> int:
     """Run a script's `main` and return its exit code; a known error becomes one line on standard error."""
-    _tolerate(sys.stdout, "backslashreplace")  # a path may contain what standard output cannot encode
+    # an answer, and a path that is printed, may hold what the stream's encoding cannot represent
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # absent, closed, or no text layer
+            stream.reconfigure(errors=errors)
     try:
         return main()
     except (RunError, UsageError) as error:

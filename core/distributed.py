@@ -1,7 +1,6 @@
 """Distributed training: functions that return their input unchanged where there is only one process.
 
-The launcher is torchrun, which sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Loops and scripts need
-not ask how many processes there are (as in facebookresearch/pycls).
+So loops and scripts need not ask how many processes torchrun started (as in facebookresearch/pycls).
 """
 
 import contextlib
@@ -59,7 +58,7 @@ def start(device: torch.device, *, sync_bn: bool = False) -> None:
     """Join the process group that torchrun set up: NCCL on CUDA, gloo on a CPU. No-op on one process.
 
     Raises:
-        UsageError: several processes cannot train on this device (mps), or not with `sync_bn` (cpu).
+        UsageError: several processes cannot train on this device (MPS), or not with `sync_bn` (CPU).
     """
     if world_size() == 1 or dist.is_initialized():
         return
@@ -88,12 +87,10 @@ def stop() -> None:
 
 def is_peer_failure(error: BaseException) -> bool:
     """Whether `error` means that another process of the run has ended, or no longer answers."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-    return (
-        world_size() > 1
-        and isinstance(error, RuntimeError)
-        and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
-    )
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    signs = "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting"
+    return isinstance(error, dist.DistError) or bool(re.search(signs, str(error)))
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -137,8 +134,8 @@ def wrap_ddp(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -
 def broadcast_buffers(model: nn.Module) -> None:
     """Copy rank 0's buffers to every rank: without --sync-bn, each has BatchNorm statistics of its own.
 
-    DistributedDataParallel does so only before each training pass. Without this, the networks that are
-    evaluated after the last one would differ between ranks, and from the one in the checkpoint.
+    DistributedDataParallel does so only before each training pass; after the last one, the evaluated networks
+    would differ between ranks, and from the checkpoint.
     """
     for buffer in model.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, src=0)

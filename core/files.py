@@ -3,7 +3,7 @@
 import contextlib
 import glob
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -27,31 +27,28 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[B
         RunError: the folder is missing or read-only, the disk is full, a file-size limit is reached.
     """
     path = Path(path)
-    temporary = None
-    prefix = f".{path.name}."
-    while len(os.fsencode(prefix)) > 255 - 12:  # a name has at most 255 bytes; mkstemp adds 8, ".tmp" 4
-        prefix = prefix[:-1]
+    name = os.fsencode(path.name)[:240].decode(errors="ignore")  # with what is added, at most 255 bytes
+    temporary = path.parent / f".{name}.{secrets.token_hex(4)}.tmp"
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp gives the owner alone access; set the mode that open() would have set
-        mask = os.umask(0o077)  # the only way to read it
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        with contextlib.suppress(OSError):  # Windows cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         reason = error.strerror or error
         raise RunError(f"cannot write {path}: {reason}; earlier files are unchanged") from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -68,16 +65,6 @@ def remove_temporary_files(folder: Path, prefix: str) -> None:
     for path in folder.glob(f".{glob.escape(prefix)}*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable where the system can open folders (Windows cannot)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

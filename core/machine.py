@@ -11,7 +11,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,18 +39,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name for a log or a report: the GPU's own on CUDA, else "cpu" or "mps"."""
+    """The GPU's own name on CUDA, else "cpu" or "mps"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def precision_name(precision: str, device: torch.device) -> str:
-    """`precision` for a log or a report: "fp32 (TF32)" where CUDA multiplies fp32 in TF32.
-
-    After `set_up_torch`, that is on every GPU which has TF32 (compute capability 8.0 and later).
-    """
+    """`precision`, or "fp32 (TF32)" on a GPU that multiplies fp32 in TF32 (compute capability 8.0 on)."""
     tf32 = precision == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    has_tf32 = tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "fp32 (TF32)" if has_tf32 else precision
+    return "fp32 (TF32)" if tf32 and torch.cuda.get_device_capability(device) >= (8, 0) else precision
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -65,14 +60,14 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: str) -> torch.autocast:
     """bf16 autocast on `device`; for fp32 a context that changes nothing, so that both take one path."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 # Compiling takes one to two minutes, which a run regains from this many training images on. On a CPU in fp32
 # it gains nothing: the time is spent in oneDNN's convolutions, compiled or not.
-COMPILE_PAYS_FROM_IMAGES = {("cuda", "fp32"): 1e6, ("cuda", "bf16"): 1e6, ("cpu", "bf16"): 1e6}
+COMPILE_PAYS_FROM_IMAGES = 1_000_000
 
 
 def choose_compile(
@@ -89,33 +84,27 @@ def choose_compile(
         return wanted == "on", f"--compile {wanted}"
     if stored is not None:
         return stored, "as before the interruption"
-    least = COMPILE_PAYS_FROM_IMAGES.get((device.type, precision))
-    if least is None:
+    if device.type == "mps" or (device.type, precision) == ("cpu", "fp32"):
         return False, f"it gains nothing on {device.type} in {precision}"
-    return images >= least, f"{images:,} images to train on; it pays from {least:,.0f}"
+    why = f"{images:,} images to train on; it pays from {COMPILE_PAYS_FROM_IMAGES:,}"
+    return images >= COMPILE_PAYS_FROM_IMAGES, why
 
 
-def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for the next step; returns whether it does.
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step; other C libraries are left alone.
 
     By default glibc returns the activations of each step to the kernel, and the next step faults them in
-    again, page by page: 7 % of a ResNet-56 step on two cores. At most the peak is kept. The parameters are
-    those of mallopt(3); other C libraries are left alone.
+    again, page by page: 7 % of a ResNet-56 step on two cores. At most the peak is kept.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    trim_threshold, mmap_max = -1, -4
-    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # as in mallopt(3)
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def set_up_torch(seed: int, device: torch.device, *, deterministic: bool) -> None:
-    """Seed every random generator and set torch's process-wide switches.
-
-    On a CPU, freed memory is kept; on CUDA, fp32 products use TF32.
-    """
+    """Seed every random generator and set torch's global switches; on CUDA, fp32 products use TF32."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -133,22 +122,17 @@ def set_up_torch(seed: int, device: torch.device, *, deterministic: bool) -> Non
 
 def versions() -> dict[str, str]:
     """Versions of what can change a run's results to the bit, for its checkpoints and its log."""
-    packages = ("torch", "torchvision", "albumentations", "numpy", "opencv-python-headless")
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in packages:
-        try:
+    for package in ("torch", "torchvision", "albumentations", "numpy", "opencv-python-headless"):
+        found[package] = "unknown"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # another build of OpenCV, say
             found[package] = importlib.metadata.version(package)
-        except ImportError:  # PackageNotFoundError, for another build of OpenCV, say
-            found[package] = "unknown"
     return found
 
 
 @functools.cache
 def code_version() -> str:
-    """The commit of this code, with "-dirty" if files were changed since; "unknown" without git.
-
-    Determined once per process, so that the log and all checkpoints name the same commit.
-    """
+    """The commit of this code at first call, with "-dirty" if files differ from it; "unknown" without git."""
     folder = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
     only_here = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # ignore an enclosing repository
@@ -167,9 +151,8 @@ def choose_workers(device_type: str) -> int:
     """How many DataLoader workers suit this machine; with 0 the training process makes the batches.
 
     With a GPU, one for each core that this process may use, less one for the training process. On a CPU,
-    training itself uses every core: an image costs about 0.05 ms of core time to augment and about 4 ms to
-    train ResNet-56 on. On two cores 0, 1 and 2 workers measured the same within noise, 0 ahead; from about
-    eight cores on, one worker hides what would be a tenth of the step.
+    training itself uses every core, and augmenting costs about an eightieth of it: on two cores 0, 1 and 2
+    workers measured the same; from about eight on, one worker hides what would be a tenth of the step.
     """
     cores = max(1, usable_cores() // distributed.local_world_size())
     if device_type != "cpu":
@@ -186,12 +169,9 @@ def usable_cores() -> int:
 
 def _cgroup_cores(root: Path) -> float:
     """The CPU quota under `root` in cores (cgroup v2, else v1); infinity where there is none."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text()
-        except OSError:
-            return math.inf
-    return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max 100000"
+            quota, period = (int(word) for name in names for word in (root / name).read_text().split())
+            if quota > 0:
+                return quota / period
+    return math.inf

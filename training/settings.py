@@ -9,7 +9,7 @@ from core import distributed
 from core.cli import (
     PRECISIONS,
     Parser,
-    add_data_folder,
+    add_data_dir,
     add_device,
     number,
     plain_name,
@@ -98,7 +98,7 @@ def build_parser() -> Parser:
     )
     groups[RECIPE].add_argument("--recipe", choices=tuple(PRESETS), help="a preset: flags listed at the end")
     add_recipe_flags(groups)
-    add_data_folder(groups[DATA])
+    add_data_dir(groups[DATA])
     groups[DATA].add_argument(
         "--workers",
         type=whole_number(0, 256),

@@ -4,11 +4,12 @@ import contextlib
 import os
 import resource
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from core import files
 
 NOBODY = 65534  # a user who may write nothing here
 
@@ -16,8 +17,8 @@ NOBODY = 65534  # a user who may write nothing here
 def die_at_step(number: int) -> None:
     """Kill the process before its `number`-th step of writing files, counted from 1.
 
-    A step is a call of mkstemp, write, fsync, chmod, rename, link or unlink; where it is a write, half of
-    it is on disk by then.
+    A step is a call of open, write, fsync, rename or unlink; where it is a write, half of it is on disk by
+    then.
     """
     steps = 0
 
@@ -36,7 +37,8 @@ def die_at_step(number: int) -> None:
         return call
 
     def opened(*args: Any, **options: Any) -> Any:
-        file = fdopen(*args, **options)
+        die_if_due()
+        file = open(*args, **options)
         write = file.write
 
         def write_half(content: Any) -> Any:
@@ -49,9 +51,8 @@ def die_at_step(number: int) -> None:
 
         return _Proxy(file, write_half)
 
-    fdopen, os.fdopen = os.fdopen, opened
-    tempfile.mkstemp = counted(tempfile.mkstemp)
-    for name in ("fsync", "chmod", "replace", "link", "unlink"):
+    files.open = opened
+    for name in ("fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
 
 

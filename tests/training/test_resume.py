@@ -188,7 +188,7 @@ def damage(path: Path, how: str) -> None:
 def test_resume_after_a_kill_at_every_step_of_writing_files_gives_the_same_bytes(
     driver: Driver, unbroken: dict, copy: Path
 ) -> None:
-    """The n-th attempt dies at its n-th step: mkstemp, write, fsync, chmod, rename, link, unlink."""
+    """The n-th attempt dies at its n-th step: open, write, fsync, rename, unlink."""
     code, number, at, flags = None, 0, progress(copy), ["--resume", last(copy)]
     while code != 0:
         number += 1
