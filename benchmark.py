@@ -115,7 +115,7 @@ def build_parser() -> Parser:
     flag("--precision", choices=("auto", *PRECISIONS), default="auto", help="default: auto, as in train.py")
     flag("--compile", choices=("auto", "on", "off"), default="auto", help="default: auto, as in train.py")
     add_device(parser)
-    add_data_dir(parser, "folder with cifar-100-python/; without it, random images are used")
+    add_data_dir(parser, download=False)
     return parser
 
 
