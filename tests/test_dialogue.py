@@ -12,8 +12,8 @@ import pytest
 
 import train as train_module
 from cifar.dataset import DatasetUnavailable, ImageData
-from conftest import REPOSITORY
 from core.cli import run_main
+from helpers import REPOSITORY
 from helpers.stand_ins import EPOCHS, FINDER, QUICK, RATE, SUGGESTED, load, stand_in_images, taken
 from train import main
 from training.recipe import Recipe

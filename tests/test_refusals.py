@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import train as train_module
-from conftest import REPOSITORY
 from core.cli import run_main
+from helpers import REPOSITORY
 from helpers.stand_ins import QUICK, load
 from train import main
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import train
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from helpers.stand_ins import (
     EPOCH_LINE,
     EPOCHS,

@@ -22,8 +22,8 @@ from cifar.dataset import (
     superclass_map,
     train_val_split,
 )
-from conftest import install_tiny_cifar, tiny_split
 from core.errors import RunError, UsageError
+from helpers.tiny_cifar import install_tiny_cifar, tiny_split
 
 
 @pytest.fixture(autouse=True)

@@ -171,7 +171,7 @@ def main(folder: Path) -> int:
 
     import model
     import train  # noqa: F401  (imported once, for every child)
-    from conftest import install_tiny_cifar, tiny_contents
+    from helpers.tiny_cifar import install_tiny_cifar, tiny_contents
 
     model.MODELS["resnet8"] = functools.partial(model.ResNet, model.BasicBlock, 1, drop_path=0.3)
     monkeypatch = pytest.MonkeyPatch()
