@@ -22,10 +22,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from core.cli import as_answer, ask, ask_yes_no, number, whole_number
 from core.errors import RunError, UsageError
-
-# first of these: it makes the project's modules known
 from helpers.driver import QUICK, Driver, digests
 from training.checkpoint import load_checkpoint
 from training.run import RunFiles
