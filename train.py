@@ -170,7 +170,7 @@ def train(
             step,
             batches_per_epoch=len(train_loader),
             interrupts=interrupts,
-            resume_command=settings.resume_command(files),
+            resume_command=settings.resume_command(files.last),
             checkpoint_every_s=60 * settings.checkpoint_every,
             extra={
                 "compile": step.compile_batch_size is not None,

@@ -1,13 +1,9 @@
 """Fixtures that several test files share."""
 
-import hashlib
 import io
 import os
-import pickle
 import sys
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,21 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+from helpers import REPOSITORY
+from helpers.tiny_cifar import TinyCifar, install_tiny_cifar, tiny_contents
+
 if TYPE_CHECKING:
     import torch
 
     from helpers.driver import Driver
     from helpers.small_run import Evaluated
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-# In front of a script: cli without torch, which takes seconds to import, for scripts of one process.
-WITHOUT_TORCH = """
-import sys, types
-sys.modules["core.distributed"] = types.SimpleNamespace(
-    is_main=lambda: True, broadcast_object=lambda value: value, stop=lambda: None
-)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -55,81 +44,10 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Driver"]:
     made.close()
 
 
-@dataclass(frozen=True)
-class TinyCifar:
-    """A small CIFAR-100 look-alike: the archive's bytes and each file's, by name."""
-
-    archive: bytes
-    members: dict[str, bytes]
-
-    @property
-    def md5(self) -> str:
-        return hashlib.md5(self.archive).hexdigest()
-
-    def lay(self, data_dir: Path) -> Path:
-        """Write the three files under `data_dir` and return their folder."""
-        folder = data_dir / "cifar-100-python"
-        folder.mkdir(parents=True)
-        for name, content in self.members.items():
-            (folder / name).write_bytes(content)
-        return folder
-
-
-def tar_gz(entries: list[tuple[tarfile.TarInfo | str, bytes]]) -> bytes:
-    """The bytes of a tar.gz with these members (a name stands for a plain file)."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for entry, content in entries:
-            info = tarfile.TarInfo(entry) if isinstance(entry, str) else entry
-            if info.isfile():
-                info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def tiny_split(per_class: int, seed: int) -> dict:
-    """What a CIFAR-100 file unpickles to, with `per_class` images of random pixels a class."""
-    rng = np.random.default_rng(seed)
-    fine = [label for label in range(100) for _ in range(per_class)]
-    return {
-        "data": rng.integers(0, 256, (len(fine), 3072), dtype=np.uint8),
-        "fine_labels": fine,
-        "coarse_labels": [label % 20 for label in fine],
-    }
-
-
-def tiny_contents() -> dict[str, dict]:
-    """What the three files of a look-alike with 200 training and 100 test images unpickle to."""
-    return {
-        "train": tiny_split(2, seed=1),
-        "test": tiny_split(1, seed=2),
-        "meta": {
-            "fine_label_names": [f"class{label}" for label in range(100)],
-            "coarse_label_names": [f"group{group}" for group in range(20)],
-        },
-    }
-
-
 @pytest.fixture
 def tiny_cifar(monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
-    """A look-alike archive whose sums `dataset` takes for the official ones."""
+    """A look-alike of CIFAR-100 whose checksums `dataset` takes for the official ones."""
     return install_tiny_cifar(monkeypatch, tiny_contents())
-
-
-def install_tiny_cifar(monkeypatch: pytest.MonkeyPatch, contents: dict[str, dict]) -> TinyCifar:
-    """As `tiny_cifar`, with contents of your own."""
-    from cifar import dataset
-
-    members = {name: pickle.dumps(value, protocol=2) for name, value in contents.items()}
-    archive = tar_gz([(f"cifar-100-python/{name}", data) for name, data in members.items()])
-    tiny = TinyCifar(archive, members)
-    sums = {name: hashlib.md5(data).hexdigest() for name, data in members.items()}
-    monkeypatch.setattr(dataset, "MEMBER_MD5", sums)
-    monkeypatch.setattr(dataset, "ARCHIVE_MD5", tiny.md5)
-    monkeypatch.setattr(dataset, "ARCHIVE_BYTES", len(archive))
-    monkeypatch.setattr(dataset, "SOURCES", ())
-    monkeypatch.delenv("CIFAR100_URL", raising=False)
-    return tiny
 
 
 @pytest.fixture

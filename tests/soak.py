@@ -19,10 +19,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-# first of these: it makes the project's modules known
-from helpers.driver import QUICK, Driver, digests  # isort: skip
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from core.cli import as_answer, ask, ask_yes_no, number, progress_bar, whole_number
 from core.errors import RunError, UsageError
+from helpers.driver import QUICK, Driver, digests
 from training.checkpoint import load_checkpoint
 from training.run import RunFiles
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import export
-from conftest import TinyCifar
 from core.cli import run_main
 from core.errors import RunError, UsageError
 from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
+from helpers.tiny_cifar import TinyCifar
 from training.checkpoint import load_model
 from utils import normalize
 

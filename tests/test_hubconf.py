@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
 from model import MODELS, build_model
 from training.checkpoint import load_model

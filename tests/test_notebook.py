@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from helpers.tiny_checkpoint import save_tiny_checkpoint
 
 NOTEBOOK = REPOSITORY / "cifar100_eda.ipynb"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import evaluate
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from training.checkpoint import CARRIED_WEIGHTS, load_checkpoint, load_model
 from training.recipe import Recipe
 

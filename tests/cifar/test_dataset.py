@@ -11,8 +11,8 @@ import pytest
 
 from cifar import dataset
 from cifar.dataset import DatasetUnavailable, Split, balanced_subset, load_dataset, train_val_split
-from conftest import tiny_split
 from core.errors import RunError, UsageError
+from helpers.tiny_cifar import tiny_split
 
 
 @pytest.fixture(autouse=True)

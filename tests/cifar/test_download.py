@@ -17,9 +17,10 @@ import pytest
 
 from cifar import download
 from cifar.download import DownloadFailed, extract, fetch
-from conftest import REPOSITORY, tar_gz
 from core.errors import RunError
+from helpers import REPOSITORY
 from helpers.rude_server import BAD, GOOD, MD5, Handler
+from helpers.tiny_cifar import tar_gz
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import REPOSITORY, WITHOUT_TORCH
 from core import cli
 from core.cli import Interrupts, as_answer, ask, ask_yes_no, number, run_main, shell_command, whole_number
 from core.errors import RunError, UsageError, printable
+from helpers import REPOSITORY, WITHOUT_TORCH
 
 pexpect = pytest.importorskip("pexpect", reason="drives a pseudo-terminal") if os.name == "posix" else None
 POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, pipes and terminals")

@@ -1,10 +1,9 @@
 """Runs train.py many times at the price of one import: a process that imports it and forks a child a run.
 
-The tests start it as a script of its own, `python tests/driver.py FOLDER`: it must never have computed
-anything with torch before it forks, since a child cannot use its parent's threads. A child differs from
-`python train.py ...` in four ways: it reads a CIFAR-100 of 200 random training and 100 test images, knows a
-smaller network (resnet8), its plots are a few bytes instead of half a second of drawing, and it may carry
-faults (the functions of faults.py).
+It must never have computed anything with torch before it forks, since a child cannot use its parent's
+threads. A child differs from `python train.py ...` in four ways: it reads a CIFAR-100 of 200 random training
+and 100 test images, knows a smaller network (resnet8), its plots are a few bytes instead of half a second of
+drawing, and it may carry faults (the functions of faults.py).
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -21,13 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+import torch
 
-import torch  # noqa: E402
-
-from helpers.faults import FAULTS  # noqa: E402
-from training.checkpoint import load_checkpoint  # noqa: E402
+from helpers import REPOSITORY, faults
+from training.checkpoint import load_checkpoint
 
 STILL_RUNNING = -1000
 # A quick run: 5 batches an epoch, and a network whose branches drop out, so that training draws from torch's
@@ -41,12 +36,14 @@ class Driver:
 
     def __init__(self, folder: Path) -> None:
         self.data = folder / "data"
+        paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+        environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
+            [sys.executable, "-m", "helpers.driver", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+            env=os.environ | environment,
         )
 
     def close(self) -> None:
@@ -67,17 +64,16 @@ class Driver:
         child = self.start(flags, output, *faults)
         return child.wait(), child.output
 
-    def _ask(self, request: dict[str, Any]) -> Any:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+    def _ask(self, request: dict[str, Any]) -> int:
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
 
 
 class Child:
     """One run of train.py."""
 
     def __init__(self, driver: Driver, pid: int, output: Path) -> None:
-        self.driver, self.pid, self._output = driver, pid, output
+        self._driver, self.pid, self._output = driver, pid, output
 
     @property
     def output(self) -> str:
@@ -86,14 +82,15 @@ class Child:
 
     def wait(self, timeout_s: float = 120) -> int:
         """Its exit code, minus the signal's number for a killed one; STILL_RUNNING after the timeout."""
-        return self.driver._ask({"wait": self.pid, "timeout_s": timeout_s})
+        return self._driver._ask({"wait": self.pid, "timeout_s": timeout_s})
 
     def wait_for(self, text: str, timeout_s: float = 120) -> None:
         """Wait until it has printed `text`."""
-        end = time.monotonic() + timeout_s
+        end, ended = time.monotonic() + timeout_s, False
         while text not in self.output:
-            assert time.monotonic() < end, f"{text!r} did not come: {self.output}"
+            assert not ended and time.monotonic() < end, f"{text!r} did not come: {self.output}"
             time.sleep(0.005)
+            ended = self.ended()
 
     def kill_after(self, cpu_s: float) -> int:
         """Kill it when it has computed for so long, however busy the machine is; its exit code."""
@@ -151,15 +148,14 @@ def digests(folder: Path, name: str = "CNN_Model") -> dict[str, str]:
 
 def _digest(value: Any) -> str:
     """A digest of nested plain values and tensors; floats by repr, which tells all of them apart."""
+    kind = type(value).__name__
     if isinstance(value, torch.Tensor):
-        parts = [str(value.dtype), str(tuple(value.shape)), value.contiguous().numpy().tobytes().hex()]
+        value = value.dtype, value.shape, value.contiguous().numpy().tobytes()
     elif isinstance(value, dict):
-        parts = [part for key, entry in value.items() for part in (repr(key), _digest(entry))]
+        value = {key: _digest(entry) for key, entry in value.items()}
     elif isinstance(value, list | tuple):
-        parts = [_digest(entry) for entry in value]
-    else:
-        parts = [repr(value)]
-    return hashlib.sha256("|".join([type(value).__name__, *parts]).encode()).hexdigest()
+        value = [_digest(entry) for entry in value]
+    return hashlib.sha256(f"{kind} {value!r}".encode()).hexdigest()
 
 
 # ---- the forking process itself ----
@@ -171,43 +167,39 @@ def main(folder: Path) -> int:
 
     import model
     import train  # noqa: F401  (imported once, for every child)
-    from conftest import install_tiny_cifar, tiny_contents
+    from helpers.tiny_cifar import install_tiny_cifar, tiny_contents
 
     model.MODELS["resnet8"] = functools.partial(model.ResNet, model.BasicBlock, 1, drop_path=0.3)
-    monkeypatch = pytest.MonkeyPatch()
-    install_tiny_cifar(monkeypatch, tiny_contents()).lay(folder / "data")
-    ended: dict[int, int] = {}
-    children: set[int] = set()
+    install_tiny_cifar(pytest.MonkeyPatch(), tiny_contents()).lay(folder / "data")
+    codes: dict[int, int] = {}  # of every child so far
     while line := sys.stdin.readline():
         request = json.loads(line)
         if "start" in request:
-            pid = os.fork()
-            if pid == 0:
+            answer = os.fork()
+            if answer == 0:
                 return _child(request)
-            children.add(pid)
-            answer: Any = pid
+            codes[answer] = STILL_RUNNING
         else:
-            answer = _wait(request["wait"], request["timeout_s"], ended)
-            children -= ended.keys()
-        print(json.dumps(answer), flush=True)
-    for pid in children:
+            answer = _wait(request["wait"], request["timeout_s"], codes)
+        print(answer, flush=True)
+    for pid in [pid for pid, code in codes.items() if code == STILL_RUNNING]:
         with contextlib.suppress(OSError):
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     return 0
 
 
-def _wait(pid: int, timeout_s: float, ended: dict[int, int]) -> int:
+def _wait(pid: int, timeout_s: float, codes: dict[int, int]) -> int:
     end = time.monotonic() + timeout_s
-    while pid not in ended:
+    while codes[pid] == STILL_RUNNING:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            ended[pid] = os.waitstatus_to_exitcode(status)
+            codes[pid] = os.waitstatus_to_exitcode(status)
         elif time.monotonic() > end:
             break
         else:
-            select.select([], [], [], 0.005)
-    return ended.get(pid, STILL_RUNNING)
+            time.sleep(0.005)
+    return codes[pid]
 
 
 def _child(request: dict[str, Any]) -> int:
@@ -222,11 +214,9 @@ def _child(request: dict[str, Any]) -> int:
     from core.cli import run_main
     from core.files import atomic_write_text
 
-    faults = request["faults"]
-    if ["real_plots"] not in faults:
-        train.plot_history = lambda rows, path, **options: atomic_write_text(path, f"{len(rows)} epochs")
-    for name, *values in faults:
-        FAULTS[name](*values)
+    train.plot_history = lambda rows, path, **options: atomic_write_text(path, f"{len(rows)} epochs")
+    for name, *values in request["faults"]:
+        getattr(faults, name)(*values)
     return run_main(train.main, "train.py")
 
 

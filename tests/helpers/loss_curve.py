@@ -1,11 +1,13 @@
 """A short seeded training whose losses are kept in expected/loss_curve.json: what changes them shows.
 
-`python tests/loss_curve.py` trains again and rewrites that file; say in the commit what moved the losses.
+`python tests/helpers/loss_curve.py` rewrites that file; say in the commit what moved the losses.
 """
 
+import itertools
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +41,15 @@ def loss_curve() -> list[float]:
         optimizer = recipe.build_optimizer(model)
         scheduler = recipe.build_scheduler(optimizer, len(loader))
         step = TrainStep(model, recipe.build_criterion(), optimizer, scheduler)
-        losses = []
-        for epoch in range(1, 1 + STEPS):
-            loader.batch_sampler.set_epoch(epoch)
-            for batch, labels in loader:
-                loss_sum, _ = step(batch, labels)
-                losses.append(loss_sum.item() / len(labels))
-                if len(losses) == STEPS:
-                    return losses
+
+        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for epoch in itertools.count(1):
+                loader.batch_sampler.set_epoch(epoch)
+                yield from loader
+
+        return [step(*batch)[0].item() / len(batch[1]) for batch in itertools.islice(batches(), STEPS)]
     finally:
         torch.set_num_threads(threads)
-    raise AssertionError("unreachable: an epoch has at least one batch")
 
 
 def draw_weights(model: torch.nn.Module) -> None:
@@ -69,17 +69,13 @@ def conditions() -> dict[str, str]:
     """What may change the last bits of a loss: versions, and the processor and its instructions."""
     from core.machine import versions
 
-    processor, flags = platform.processor() or platform.machine(), ""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            processor = value.strip()
-        if key.strip() in ("flags", "Features"):
-            flags = value
+    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    processor = info.get("model name") or platform.processor() or platform.machine()
+    flags = info.get("flags") or info.get("Features", "")
     wanted = ("avx", "fma", "amx", "asimd", "sve", "bf16")
     vector = " ".join(sorted(flag for flag in flags.split() if flag.startswith(wanted)))
     capability = torch.backends.cpu.get_cpu_capability()

@@ -12,8 +12,8 @@ from torch import nn
 import evaluate
 from cifar import dataset
 from cifar.dataset import balanced_subset, load_dataset
-from conftest import install_tiny_cifar, tiny_split
 from core.cli import Interrupts
+from helpers.tiny_cifar import install_tiny_cifar, tiny_split
 from inspection.report import Evaluation, write_report
 from model import build_model
 from training import checkpoint

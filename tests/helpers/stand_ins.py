@@ -1,6 +1,5 @@
 """A stand-in network and stand-in images for tests of train.py: a run of it takes no time."""
 
-import csv
 import functools
 import re
 from dataclasses import replace
@@ -12,11 +11,11 @@ import torch
 from torch import nn
 
 import train
+from cifar import dataset
 from cifar.dataset import ImageData, Split
 from core.cli import LOG
 from model import MODELS, BasicBlock
 
-TRAIN_IMAGES, TEST_IMAGES = 300, 200
 # Nothing asked, nothing measured: 3 batches an epoch, whatever the processor.
 QUICK = ["--yes", "--no-lr-finder", "--model", "resnet20", "--batch-size", "100", "--precision", "fp32"]
 EPOCH_LINE = re.compile(
@@ -25,23 +24,11 @@ EPOCH_LINE = re.compile(
     r"( \[target [\d.]+% reached\])?( \[best\])?( \(synthetic data\))?"
 )
 
-# The questions as they are asked; the suggested rate is that of the fixture `finder`.
-FINDER = "Do you want to run LR Finder? (y/n, default: y): "
-SUGGESTED = "Use suggested LR 2.00e-02? (y/n, default: y): "
-RATE = "Enter learning rate (default 1.00e-01): "
-EPOCHS = "Select number of epochs for training (default 20): "
-
 
 def stand_in_network(block: type, *, num_classes: int = 100, **_: object) -> nn.Module:
     """A network that trains in a millisecond, in the place of ResNet-20."""
-    layers = [
-        nn.Conv2d(3, 8, 3, stride=4),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-    ]
-    return nn.Sequential(*layers, nn.Linear(32, num_classes))
+    layers = [nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, num_classes))
 
 
 def stand_in_images() -> ImageData:
@@ -59,12 +46,24 @@ def stand_in_images() -> ImageData:
 
 
 def stand_in(patch: pytest.MonkeyPatch, *, plots: bool = True) -> None:
-    """Let train.py run on stand-ins: in the fixture `quick`, or the whole program under a terminal."""
+    """Let train.py run on stand-ins."""
     data = stand_in_images()
     patch.setitem(MODELS, "resnet20", functools.partial(stand_in_network, BasicBlock))
     patch.setattr(train, "load_dataset", lambda name, *_, **__: replace(data, name=name))
     if not plots:
         patch.setattr(train, "plot_history", lambda rows, path, **_: path)
+
+
+def without_data(patch: pytest.MonkeyPatch) -> None:
+    """After `stand_in`, let CIFAR-100 be unavailable: not here, and its sources a port nobody listens at."""
+    stand_in_set = train.load_dataset
+
+    def load_dataset(name: str, *rest: object, **options: object) -> ImageData:
+        return stand_in_set(name) if name == "synthetic" else dataset.load_dataset(name, *rest, **options)
+
+    patch.setattr(train, "load_dataset", load_dataset)
+    patch.setattr(dataset, "SOURCES", tuple(f"http://127.0.0.1:9/{name}.tar.gz" for name in "ab"))
+    patch.delenv("CIFAR100_URL", raising=False)
 
 
 def forget_log() -> None:
@@ -73,20 +72,18 @@ def forget_log() -> None:
         handler.close()
 
 
+def epoch_lines(output: str) -> list[re.Match]:
+    """The lines of the epochs, each matched by EPOCH_LINE."""
+    matches = [EPOCH_LINE.fullmatch(line) for line in output.splitlines() if line.startswith("Epoch [")]
+    assert matches and all(matches), output
+    return matches
+
+
 def columns(path: str | Path) -> dict[str, list[float]]:
     """The columns of a history CSV as numbers."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+    table = np.genfromtxt(path, delimiter=",", names=True)
+    return {name: np.atleast_1d(table[name]).tolist() for name in table.dtype.names}
 
 
 def load(path: str | Path) -> dict:
     return torch.load(path, weights_only=True)
-
-
-def taken(name: str = "CNN_Model") -> Path:
-    """A finished run of that name, as far as its files go."""
-    path = Path("output") / f"{name}_best.pth"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"precious")
-    return path

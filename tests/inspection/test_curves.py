@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import REPOSITORY
 from core.errors import RunError
+from helpers import REPOSITORY
 from inspection import curves, style
 
 MILESTONES = (40, 70, 85)

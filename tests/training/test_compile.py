@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import REPOSITORY
 from core.cli import LOG
 from core.errors import RunError
+from helpers import REPOSITORY
 from helpers.small_net import batches_of, make_step, small_net, train
 from training import engine
 from training.techniques import Techniques
