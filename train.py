@@ -73,6 +73,7 @@ PLOT_EVERY_S = 5.0
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, then train; Ctrl-C and SIGTERM save what resuming needs."""
+    distributed.enable()
     args = apply_preset(build_parser().parse_args(argv))
     settings, given = Settings.from_args(args), given_flags(args)
     interrupts = Interrupts()

@@ -228,10 +228,9 @@ def run_main(main: Callable[[], int], program: str) -> int:
     try:
         return main()
     except (RunError, UsageError) as error:
-        with contextlib.suppress(UsageError):  # the error may be that this process's rank is unknown
-            if not distributed.is_main():
-                # rank 0 most often has the same error; torchrun then ends this process before it repeats it
-                time.sleep(ERROR_DELAY_S)
+        if not distributed.is_main():
+            # rank 0 most often has the same error; torchrun then ends this process before it repeats it
+            time.sleep(ERROR_DELAY_S)
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:

@@ -8,6 +8,9 @@ import datetime
 import functools
 import os
 import re
+import signal
+import threading
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,26 +22,47 @@ from core.errors import UsageError
 TIMEOUT = datetime.timedelta(minutes=10)
 # The others may wait longer for the main process: for a download, the LR finder, an answer to a question.
 WAIT_FOR_MAIN = datetime.timedelta(days=1)
+SILENT_WAIT_S = 3.0  # then the main process says whom it waits for
+
+_enabled = False
+
+
+def enable() -> None:
+    """Take this process's place from the environment that torchrun sets; without this call it is alone.
+
+    Only train.py calls it, so that other scripts take no notice of a launcher's variables.
+
+    Raises:
+        UsageError: a variable is missing or wrong.
+    """
+    global _enabled
+    size, number = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
+    _from_environment("LOCAL_WORLD_SIZE", 1), _from_environment("LOCAL_RANK", 0)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if size > 1 and (missing or number >= size):
+        wrong = f"{missing[0]} is missing" if missing else f"RANK is {number}"
+        raise UsageError(f"WORLD_SIZE is {size} but {wrong}: start with torchrun, or unset WORLD_SIZE")
+    _enabled = True
 
 
 def rank() -> int:
-    """This process's number among all, from 0; known before `start`, from torchrun's environment."""
+    """This process's number among all, from 0; known before `start`."""
     return _from_environment("RANK", 0) if world_size() > 1 else 0
 
 
 def world_size() -> int:
     """How many processes train together."""
-    return _from_environment("WORLD_SIZE", 1)
+    return _from_environment("WORLD_SIZE", 1) if _enabled else 1
 
 
 def local_world_size() -> int:
     """How many of them run on this machine."""
-    return _from_environment("LOCAL_WORLD_SIZE", 1)
+    return _from_environment("LOCAL_WORLD_SIZE", 1) if _enabled else 1
 
 
 def local_rank() -> int:
     """This process's number on its machine, from 0: the index of its CUDA device."""
-    return _from_environment("LOCAL_RANK", 0)
+    return _from_environment("LOCAL_RANK", 0) if _enabled else 0
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -67,8 +91,27 @@ def start(device: torch.device, *, sync_bn: bool = False) -> None:
     if sync_bn and device.type != "cuda":  # torch.nn.SyncBatchNorm has no CPU implementation
         raise UsageError(f"--sync-bn needs CUDA, and this run is on {device.type}: leave --sync-bn out")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    _waiting_group()
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    line = f"Waiting for {world_size() - 1} more process(es) at {address}"
+    notice = threading.Timer(SILENT_WAIT_S, print, [line], {"flush": True})
+    notice.daemon = True
+    if is_main():
+        notice.start()
+    with _default_signals():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        _waiting_group()
+    notice.cancel()
+
+
+@contextlib.contextmanager
+def _default_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the process at once: while C++ code waits, no handler in Python runs."""
+    earlier = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 @functools.cache
@@ -106,7 +149,8 @@ def broadcast_object(value: object) -> object:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_waiting_group())
+    with _default_signals():
+        dist.broadcast_object_list(box, src=0, group=_waiting_group())
     return box[0]
 
 

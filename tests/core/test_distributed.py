@@ -221,8 +221,8 @@ def test_what_two_processes_cannot_do_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
+    for name, value in rank_environment(rank, "1").items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(cli, "ERROR_DELAY_S", 0.0)
     monkeypatch.chdir(tmp_path)
     assert cli.run_main(lambda: train.main([*TINY, *flags]), "train.py") == 2
@@ -230,19 +230,23 @@ def test_what_two_processes_cannot_do_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
         ({}, (0, 1, 1)),
         ({"RANK": "1"}, (0, 1, 1)),  # left over from something else: there is one process
-        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, (1, 4, 2)),
-        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 1)),
-        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
-        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '9999"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
-        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
-        ({"LOCAL_WORLD_SIZE": "2.0"}, "LOCAL_WORLD_SIZE is '2.0'"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"),
+        (PLACE, (1, 4, 2)),
+        (PLACE | {"WORLD_SIZE": "many"}, "the environment variable WORLD_SIZE is 'many': torchrun sets it"),
+        (PLACE | {"WORLD_SIZE": "9" * 5000}, "the environment variable WORLD_SIZE is '9999"),
+        (PLACE | {"WORLD_SIZE": "0"}, "the environment variable WORLD_SIZE is '0'"),
+        (PLACE | {"LOCAL_WORLD_SIZE": "0"}, "the environment variable LOCAL_WORLD_SIZE is '0'"),
+        (PLACE | {"RANK": "-1"}, "the environment variable RANK is '-1'"),
+        (PLACE | {"RANK": "4"}, "WORLD_SIZE is 4 but RANK is 4: start with torchrun, or unset WORLD_SIZE"),
+        (PLACE | {"RANK": ""}, "WORLD_SIZE is 4 but RANK is missing"),
+        (PLACE | {"MASTER_ADDR": ""}, "WORLD_SIZE is 4 but MASTER_ADDR is missing"),
     ],
 )
 def test_the_launchers_environment(
@@ -251,19 +255,36 @@ def test_the_launchers_environment(
     variables: dict[str, str],
     expected: object,
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in PLACE:
         monkeypatch.setenv(name, variables.get(name, ""))
+    monkeypatch.setattr(distributed, "_enabled", False)
 
     def read() -> tuple[int, int, int]:
         return distributed.rank(), distributed.world_size(), distributed.local_world_size()
 
+    assert read() == (0, 1, 1)  # what scripts see that do not train
     if isinstance(expected, str):
-        assert cli.run_main(read, "train.py") == 2
+        assert cli.run_main(distributed.enable, "train.py") == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"train.py: error: the environment variable {expected}")
-        assert error.endswith(": torchrun sets it; unset it\n")
+        assert error.startswith(f"train.py: error: {expected}") and error.count("\n") == 1
     else:
+        distributed.enable()
         assert read() == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_says_so_and_ends_when_asked(tmp_path: Path, number: int) -> None:
+    port = free_port()
+    command = [sys.executable, str(REPOSITORY / "train.py"), *TINY]
+    process = start(command, tmp_path, "0", rank_environment("0", port))
+    try:
+        line = f"Waiting for 1 more process(es) at 127.0.0.1:{port}"
+        wait_for(lambda: line in (tmp_path / "out0.txt").read_text(), process, line)
+        process.send_signal(number)
+        assert process.wait(timeout=PATIENCE_S) == -number
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_other_ranks_delay_their_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +295,7 @@ def test_other_ranks_delay_their_error(monkeypatch: pytest.MonkeyPatch) -> None:
         raise UsageError("no")
 
     assert cli.run_main(fail, "train.py") == 2 and waits == []
+    monkeypatch.setattr(distributed, "_enabled", True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert cli.run_main(fail, "train.py") == 2 and waits == [cli.ERROR_DELAY_S]
@@ -282,6 +304,7 @@ def test_other_ranks_delay_their_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_errors_about_another_process_are_peer_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = RuntimeError("[pair.cc:525] Connection closed by peer [127.0.0.1]:4711")
     assert not distributed.is_peer_failure(closed)  # one process has no other
+    monkeypatch.setattr(distributed, "_enabled", True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert distributed.is_peer_failure(closed)
     assert distributed.is_peer_failure(torch.distributed.DistBackendError("NCCL communicator was aborted"))
@@ -292,7 +315,8 @@ def test_only_errors_about_another_process_are_peer_failures(monkeypatch: pytest
 def in_two_processes(folder: Path, worker: str) -> list[dict]:
     """The `result` of the Python code `worker` on each of two ranks; it may use small_net and `rank`."""
     before = "import torch\nfrom core import distributed\nfrom helpers import small_net\n"
-    before += "torch.set_num_threads(1)\ndistributed.start(torch.device('cpu'))\nrank = distributed.rank()\n"
+    before += "torch.set_num_threads(1)\ndistributed.enable()\nrank = distributed.rank()\n"
+    before += "distributed.start(torch.device('cpu'))\n"
     after = "\ntorch.save(result, f'rank{rank}.pt')\ndistributed.stop()\n"
     command = [sys.executable, "-c", before + worker + after]
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))}

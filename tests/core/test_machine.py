@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from core import machine
+from core import distributed, machine
 from core.errors import UsageError
 from core.machine import (
     MAX_WORKERS,
@@ -43,7 +43,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setattr(distributed, "local_rank", lambda: local_rank)
 
     return devices
 
@@ -257,6 +257,7 @@ def test_cores_are_bounded_by_affinity_and_quota(monkeypatch: pytest.MonkeyPatch
 def test_workers_follow_device_and_cores(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: str, workers: tuple[int, int]
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)  # the processes of one machine share its cores
+    # the processes of one machine share its cores
+    monkeypatch.setattr(distributed, "local_world_size", lambda: int(processes))
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)
     assert (choose_workers("cuda"), choose_workers("cpu")) == workers

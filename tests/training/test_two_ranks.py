@@ -90,6 +90,7 @@ def train_on_this_rank(folder: Path, recipe: Recipe, stop: bool = False, resume:
 def train_case(rank: int, folder: Path, fields: dict[str, object]) -> None:
     """One of the two processes: train unbroken, and stopped and resumed; store what came of both."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    distributed._enabled = True  # enable() asks for an address, which a rendezvous by file has not
     torch.set_num_threads(1)
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=PATIENCE)
