@@ -15,26 +15,25 @@ import torch
 import train
 from cifar.dataset import load_dataset
 from core import cli, distributed
-from core.errors import UsageError
-from helpers.small_net import batches_of, make_step, small_net
-from helpers.small_net import train as small_net_train
+from helpers import REPOSITORY
 from model import build_model
 from training import engine
 from training import run as run_module
 from training.recipe import Recipe
-from utils import TrainBatchSampler, make_test_batches
+from utils import make_test_batches
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 240  # for a start on a busy machine; nothing takes a tenth of it on an idle one
 TINY = [
     *("--yes", "--dataset", "synthetic", "--model", "resnet20", "--device", "cpu", "--precision", "fp32"),
     *("--compile", "off", "--workers", "0", "--name", "tiny_synthetic"),
 ]
+LONG = ["--epochs", "200", "--lr", "0.05", "--batch-size", "64"]
+LONG += ["--limit-train", "320", "--limit-test", "101"]
 
 
 @pytest.fixture
 def started() -> Iterator[list[subprocess.Popen]]:
-    """Processes, each the leader of a group of its own, that are killed at the test's end at the latest."""
+    """Processes that are killed at the test's end at the latest."""
     processes: list[subprocess.Popen] = []
     yield processes
     for process in processes:
@@ -138,8 +137,7 @@ def test_two_processes_train_as_one(tmp_path: Path, started: list) -> None:
 def test_one_process_resumes_what_two_were_interrupted_in(
     tmp_path: Path, started: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--epochs", "200", "--lr", "0.05", "--batch-size", "64", "--limit-train", "320"]
-    two = torchrun(tmp_path, REPOSITORY / "train.py", *flags, "--limit-test", "101")
+    two = torchrun(tmp_path, REPOSITORY / "train.py", *LONG)
     started.append(two)
     history = tmp_path / "output" / "tiny_synthetic_history.csv"
     wait_for(history.exists, two, "history")
@@ -180,16 +178,8 @@ def test_one_process_resumes_what_two_were_interrupted_in(
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_the_death_of_a_process_ends_the_other(tmp_path: Path, started: list) -> None:
     """Without torchrun, which would end it too: within seconds, with one line, and its files are whole."""
-    command = [
-        sys.executable,
-        str(REPOSITORY / "train.py"),
-        *TINY,
-        "--output-dir",
-        "output",
-        "--epochs",
-        "200",
-    ]
-    command += ["--lr", "0.05", "--batch-size", "64", "--limit-train", "320", "--limit-test", "100"]
+    flags = [*TINY, *LONG, "--output-dir", "output"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), *flags]
     port = free_port()
     for rank in ("0", "1"):
         started.append(start(command, tmp_path, rank, rank_environment(rank, port)))
@@ -223,10 +213,12 @@ def test_what_two_processes_cannot_do_is_one_line_and_exit_code_2(
 ) -> None:
     for name, value in rank_environment(rank, "1").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "ERROR_DELAY_S", 0.0)
+    delays: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", delays.append)
     monkeypatch.chdir(tmp_path)
     assert cli.run_main(lambda: train.main([*TINY, *flags]), "train.py") == 2
     assert capsys.readouterr() == ("", f"train.py: error: {message}\n")
+    assert delays == ([] if rank == "0" else [cli.ERROR_DELAY_S])  # rank 0 speaks first
     assert list(tmp_path.iterdir()) == []
 
 
@@ -287,20 +279,6 @@ def test_a_process_that_waits_for_others_says_so_and_ends_when_asked(tmp_path: P
         process.wait()
 
 
-def test_other_ranks_delay_their_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(cli.time, "sleep", waits.append)
-
-    def fail() -> int:
-        raise UsageError("no")
-
-    assert cli.run_main(fail, "train.py") == 2 and waits == []
-    monkeypatch.setattr(distributed, "_enabled", True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert cli.run_main(fail, "train.py") == 2 and waits == [cli.ERROR_DELAY_S]
-
-
 def test_only_errors_about_another_process_are_peer_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = RuntimeError("[pair.cc:525] Connection closed by peer [127.0.0.1]:4711")
     assert not distributed.is_peer_failure(closed)  # one process has no other
@@ -312,7 +290,7 @@ def test_only_errors_about_another_process_are_peer_failures(monkeypatch: pytest
     assert not distributed.is_peer_failure(ValueError("Connection closed by peer"))
 
 
-def in_two_processes(folder: Path, worker: str) -> list[dict]:
+def in_two_processes(folder: Path, started: list, worker: str) -> list:
     """The `result` of the Python code `worker` on each of two ranks; it may use small_net and `rank`."""
     before = "import torch\nfrom core import distributed\nfrom helpers import small_net\n"
     before += "torch.set_num_threads(1)\ndistributed.enable()\nrank = distributed.rank()\n"
@@ -321,53 +299,32 @@ def in_two_processes(folder: Path, worker: str) -> list[dict]:
     command = [sys.executable, "-c", before + worker + after]
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))}
     port = free_port()
-    processes = [start(command, folder, rank, rank_environment(rank, port) | paths) for rank in ("0", "1")]
-    try:
-        codes = [process.wait(timeout=PATIENCE_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    started += [start(command, folder, rank, rank_environment(rank, port) | paths) for rank in ("0", "1")]
+    codes = [process.wait(timeout=PATIENCE_S) for process in started]
     assert codes == [0, 0], "".join((folder / f"err{rank}.txt").read_text()[-2000:] for rank in (0, 1))
     return [load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-# 23 images in global batches of 8, 8 and 7: of the last one, one rank has 3 images and the other 4.
-RAGGED_EPOCH = """
+ALL_REDUCES = """
 from pathlib import Path
 from core.cli import Interrupts
 from training.recipe import Recipe
 from training.run import Run, RunFiles
-from utils import TrainBatchSampler
 
 sizes, all_reduce = [], torch.distributed.all_reduce
 torch.distributed.all_reduce = lambda values: (sizes.append(values.numel()), all_reduce(values))
-[(images, labels)] = small_net.batches_of(23)
-sampler = TrainBatchSampler(23, 8, seed=0, rank=rank, world_size=2)
-batches = [(images[request.indices], labels[request.indices]) for request in sampler]
-model = small_net.small_net(norm=False)
-step = small_net.make_step(model)
+step = small_net.make_step(small_net.small_net(norm=False))
 options = {"batches_per_epoch": 3, "interrupts": Interrupts(), "resume_command": ""}
 run = Run(RunFiles(Path(), "run"), Recipe(), step, **options)
 sizes.clear()
-loader = small_net.ListLoader(batches, global_size=sampler.global_size)
-small_net.train(step, loader, after_batch=run.after_train_batch)
-result = {"sizes": sizes, "gradients": [p.grad for p in model.parameters()]}
+small_net.train(step, small_net.batches_of(4, 4, 4), after_batch=run.after_train_batch)
+result = sizes
 """
 
 
-def test_a_ragged_epoch_gives_the_gradients_of_one_process_without_more_all_reduces(tmp_path: Path) -> None:
-    ranks = in_two_processes(tmp_path, RAGGED_EPOCH)
-    # one for each batch, on interrupt and checkpoint together; one for the epoch's metrics
-    assert [rank["sizes"] for rank in ranks] == [[2, 2, 2, 3]] * 2
-
-    [(images, labels)] = batches_of(23)
-    model = small_net(norm=False)
-    requests = TrainBatchSampler(23, 8, seed=0, rank=0, world_size=1)
-    small_net_train(make_step(model), [(images[r.indices], labels[r.indices]) for r in requests])
-    for weight, *found in zip(model.parameters(), *(rank["gradients"] for rank in ranks), strict=True):
-        for gradient in found:
-            torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-6)
+def test_an_epoch_takes_one_all_reduce_a_batch_and_one_for_the_metrics(tmp_path: Path, started: list) -> None:
+    """Interrupt and checkpoint are agreed on together."""
+    assert in_two_processes(tmp_path, started, ALL_REDUCES) == [[2, 2, 2, 3]] * 2
 
 
 # Compilation fails on the rank `broken`, in the forward pass or in the backward pass.
@@ -398,8 +355,10 @@ for forward in (False, True):
 
 
 @pytest.mark.parametrize("broken", [None, 0, 1])
-def test_compilation_that_fails_on_one_rank_is_given_up_on_both(tmp_path: Path, broken: int | None) -> None:
-    ranks = in_two_processes(tmp_path, COMPILATION.replace("BROKEN", str(broken)))
+def test_compilation_that_fails_on_one_rank_is_given_up_on_both(
+    tmp_path: Path, started: list, broken: int | None
+) -> None:
+    ranks = in_two_processes(tmp_path, started, COMPILATION.replace("BROKEN", str(broken)))
     for result in ranks:
         for forward in (False, True):
             for name, value in result[forward, None].items():

@@ -1,33 +1,17 @@
-"""Atomic writes under kills, limits and full disks; the lock that keeps two writers of a run apart."""
+"""Atomic writes under errors and kills; the lock that keeps two writers of a run apart."""
 
 import contextlib
-import errno
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from core.errors import RunError
 from core.files import atomic_write, atomic_write_text, remove_temporary_files, run_lock
+from helpers import python
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="POSIX limits and signals")
-
-
-def python(code: str, *arguments: object, **options: object) -> subprocess.Popen:
-    """A Python process that runs `code` in the repository's root."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=REPOSITORY,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="POSIX modes, names and signals")
 
 
 def entries(folder: Path) -> list[str]:
@@ -36,13 +20,13 @@ def entries(folder: Path) -> list[str]:
 
 def test_a_write_appears_whole_and_leaves_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "state.pth"
+    atomic_write_text(path, "größer\n")
+    assert path.read_bytes() == "größer\n".encode()
     with atomic_write(path) as file:
         file.write(b"new")
         file.flush()
-        assert not path.exists()
+        assert path.read_bytes() == "größer\n".encode()
     assert path.read_bytes() == b"new"
-    atomic_write_text(path, "größer\n")
-    assert path.read_bytes() == "größer\n".encode()
     assert entries(tmp_path) == ["state.pth"]
 
 
@@ -65,10 +49,8 @@ def test_a_file_gets_the_mode_that_open_would_have_given(tmp_path: Path, umask: 
     try:
         atomic_write_text(tmp_path / "ours", "x")
         (tmp_path / "plain").write_text("x")
-        after = os.umask(umask)
     finally:
         os.umask(before)
-    assert after == umask
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -98,26 +80,6 @@ def test_a_path_that_cannot_be_written_is_one_line_that_names_it(tmp_path: Path,
 
 
 @POSIX_ONLY
-def test_a_file_size_limit_is_an_error_and_the_old_file_stays(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    path.write_text("old")
-    code = """
-import resource, sys
-from core.files import atomic_write_text
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from core.errors import RunError
-try:
-    atomic_write_text(sys.argv[1], "x" * 200_000)
-except RunError as error:
-    print(error)
-"""
-    out, err = python(code, path).communicate(timeout=30)
-    assert "cannot write" in out and "File too large" in out and err == ""
-    assert path.read_text() == "old"
-    assert entries(tmp_path) == ["state"]
-
-
-@POSIX_ONLY
 def test_a_kill_in_the_middle_of_a_write_keeps_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "run_last.pth"
     path.write_text("old")
@@ -131,7 +93,7 @@ with atomic_write(sys.argv[1]) as file:
     print("half", flush=True)
     time.sleep(60)
 """
-    process = python(code, path)
+    process = python(code, path, text=True)
     assert process.stdout.readline() == "half\n"
     process.kill()
     process.communicate(timeout=10)
@@ -141,30 +103,6 @@ with atomic_write(sys.argv[1]) as file:
     assert len(entries(tmp_path)) == 3
     remove_temporary_files(tmp_path, "run")
     assert entries(tmp_path) == ["other.tmp", "run_last.pth"]
-
-
-@POSIX_ONLY
-def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
-    """While a process rewrites the file without a pause."""
-    path = tmp_path / "state"
-    code = """
-import itertools, sys
-from core.files import atomic_write
-for number in itertools.count():
-    with atomic_write(sys.argv[1]) as file:
-        for part in range(50):
-            file.write(bytes([number % 256]) * 1000)
-            file.flush()
-"""
-    process = python(code, path)
-    while not path.exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    for _ in range(300):
-        content = path.read_bytes()
-        assert len(content) == 50_000 and len(set(content)) == 1
-    process.kill()
-    process.communicate(timeout=10)
 
 
 # ---- the lock ----
@@ -194,7 +132,7 @@ HOLD = """
 import os, sys, time
 from core.files import run_lock
 with run_lock(sys.argv[1]):
-    if os.fork() > 0:  # the child stands for a DataLoader worker, which outlives a killed parent for a while
+    if os.fork() == 0:  # as a DataLoader worker, it outlives a killed parent for a while
         print("held", flush=True)
     time.sleep(60)
 """
@@ -203,7 +141,7 @@ with run_lock(sys.argv[1]):
 @POSIX_ONLY
 def test_a_killed_process_loses_its_lock(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
-    process = python(HOLD, path, start_new_session=True)
+    process = python(HOLD, path, text=True, start_new_session=True)
     try:
         assert process.stdout.readline() == "held\n"
         refusal(path)
@@ -226,24 +164,6 @@ def test_a_file_left_behind_is_no_lock(tmp_path: Path, content: bytes) -> None:
     with run_lock(path):
         refusal(path)
     assert entries(tmp_path) == []
-
-
-@POSIX_ONLY
-@pytest.mark.filterwarnings("ignore:flock not supported")
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
-    def fail(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", fail)
-    code = errno.ENOSYS  # the system has no such call there: the file itself is the lock
-    path = tmp_path / "run.lock"
-    with run_lock(path):
-        assert "another process" in refusal(path)
-    assert entries(tmp_path) == []
-    code = errno.ENOLCK
-    assert refusal(tmp_path / "other.lock").startswith("cannot lock")
 
 
 def test_a_lock_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -272,5 +192,5 @@ while held < 50:
 def test_of_several_processes_one_holds_the_lock(tmp_path: Path) -> None:
     """Each holder deletes the file, which the others may have opened already."""
     racers = [python(RACE, tmp_path / "lock", tmp_path / "holder") for _ in range(4)]
-    assert [racer.communicate(timeout=60) for racer in racers] == [("", "")] * len(racers)
+    assert [racer.communicate(timeout=60) for racer in racers] == [(b"", b"")] * len(racers)
     assert entries(tmp_path) == []
