@@ -65,7 +65,7 @@ class RunFiles:
     @property
     def exists(self) -> bool:
         """Whether a run of this name, finished or not, is in the folder."""
-        return any(path.exists() for path in (self.last, self.previous, self.best, self.results))
+        return any(path.exists() for path in self.checkpoints if path != self.damaged)
 
     @classmethod
     def of_last(cls, path: Path) -> "RunFiles | None":
@@ -82,7 +82,7 @@ class RunFiles:
         return files
 
     def prepare(self) -> None:
-        """Create the folder and check that files can be written there; done by the main process.
+        """Create the folder and check, on the main process, that files can be written there.
 
         Raises:
             RunError: it cannot be created or written to; the message says why.
@@ -100,18 +100,14 @@ class RunFiles:
         probe.unlink(missing_ok=True)
 
     def check_space(self, weights_bytes: int) -> None:
-        """Check that the disk has room for the run's files; done by the main process.
-
-        Args:
-            weights_bytes: the size of the network's weights.
+        """Check, on the main process, that the disk has room for a run whose weights have that many bytes.
 
         Raises:
             RunError: it has not.
         """
         if not distributed.is_main():
             return
-        present = (self.last, self.previous, self.best, self.results)
-        reused = sum(path.stat().st_size for path in present if path.exists())
+        reused = sum(path.stat().st_size for path in self.checkpoints if path.exists())
         needed = WEIGHTS_KEPT * weights_bytes + OTHER_BYTES - reused
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -198,11 +194,7 @@ class SavedRun:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run.
-
-        Raises:
-            UsageError: it holds fields or values that this version does not know.
-        """
+        """The recipe of the run; a UsageError where it holds what this version does not know."""
         return Recipe.from_dict(self.state["recipe"])
 
     @property
@@ -220,13 +212,8 @@ class SavedRun:
     def results_if_finished(self) -> Path | None:
         """The results file of the run where it is on disk and belongs to this state; else None."""
         files, history = RunFiles.of_last(self.path), self.state.get("history")
-        epochs = self.recipe.epochs
-        if (
-            files is None
-            or not isinstance(history, list)
-            or len(history) < epochs
-            or not files.results.exists()
-        ):
+        unfinished = not isinstance(history, list) or len(history) < self.recipe.epochs
+        if files is None or unfinished or not files.results.exists():
             return None
         try:
             results = ckpt.load_checkpoint(files.results)
@@ -380,13 +367,10 @@ class Run:
             self._check_then_save()
 
     def after_test_batch(self, number: int) -> None:
-        """Between two test batches: stop, with the state saved, when asked to.
+        """As `after_train_batch`, between two test batches.
 
         Several processes test different numbers of batches and cannot agree here; they stop in the next
         epoch.
-
-        Raises:
-            Interrupted: after the state is saved.
         """
         if distributed.world_size() == 1:
             self.stop_if_asked()
