@@ -105,8 +105,8 @@ def test_bf16_is_the_engines_bf16(evaluated, without_report) -> None:
 def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(
     evaluated, without_report, tmp_path, capsys, monkeypatch
 ) -> None:
-    few = [np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8), np.arange(100)] * 2
-    monkeypatch.setattr(synthetic, "generate", lambda: few)
+    few = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8), np.arange(100)
+    monkeypatch.setattr(synthetic, "generate", lambda split: few)
     data = load_dataset("synthetic", tmp_path)
     make_run(tmp_path, data, Recipe(model="resnet20", dataset="synthetic", epochs=2), "drawn")
     metrics = metrics_of(evaluated, "--weights", str(tmp_path / "drawn_best.pth"))

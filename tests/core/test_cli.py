@@ -176,7 +176,7 @@ def test_ctrl_c_at_a_question_ends_with_130_and_no_traceback(terminal) -> None:
     for _ in range(5):  # one that comes between the question and the read is seen with the next key only
         time.sleep(0.3)
         terminal.sendintr()
-        if terminal.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=3) == 0:
+        if terminal.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=15) == 0:
             break
     terminal.close()
     assert terminal.exitstatus == 130
