@@ -20,14 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cifar.dataset import (
-    DatasetUnavailable,
-    ImageData,
-    Split,
-    balanced_subset,
-    load_dataset,
-    train_val_split,
-)
+from cifar.dataset import DatasetUnavailable, ImageData, Split, balanced_subset, load_dataset, train_val_split
 from core import distributed
 from core.cli import (
     LOG,
@@ -104,11 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(
-    recipe: Recipe,
-    settings: Settings,
-    device: torch.device,
-    saved: SavedRun | None,
-    interrupts: Interrupts,
+    recipe: Recipe, settings: Settings, device: torch.device, saved: SavedRun | None, interrupts: Interrupts
 ) -> None:
     """The whole run, in reading order: data, network, questions, epochs, results.
 
@@ -353,11 +342,7 @@ def run_lr_finder(recipe: Recipe, model: nn.Module, train_loader: DataLoader, fi
     if distributed.is_main():
         LOG.info("LR finder: 200 batches at rising learning rates, on a copy of the network")
         found = find_lr(
-            model,
-            recipe.build_criterion(),
-            recipe.build_optimizer,
-            train_loader,
-            precision=recipe.precision,
+            model, recipe.build_criterion(), recipe.build_optimizer, train_loader, precision=recipe.precision
         )
         LOG.info(found.summary)
         path = plot_lr_finder(
@@ -393,11 +378,7 @@ def load_teacher(recipe: Recipe, data: ImageData, device: torch.device, files: R
 
 
 def choose_compile_size(
-    recipe: Recipe,
-    settings: Settings,
-    train_loader: DataLoader,
-    device: torch.device,
-    saved: SavedRun | None,
+    recipe: Recipe, settings: Settings, train_loader: DataLoader, device: torch.device, saved: SavedRun | None
 ) -> int | None:
     """The size of the batches to run through torch.compile, that of a full one; None to train eagerly."""
     stored = None

@@ -245,11 +245,7 @@ class TrainStep:
             self.compiled = network if self.model is self.network else compiled(self.model, self.device)
 
     def _micro_batch(
-        self,
-        network: Callable[..., torch.Tensor],
-        batch: torch.Tensor,
-        targets: torch.Tensor,
-        weight: float,
+        self, network: Callable[..., torch.Tensor], batch: torch.Tensor, targets: torch.Tensor, weight: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached."""
         with autocast(self.device, self.precision):
