@@ -33,9 +33,7 @@ def data() -> tuple[Split, Split]:
     return Split(images, np.arange(20)), Split(images[:4], np.arange(4))
 
 
-def test_the_table_and_the_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_table_and_the_json(tmp_path, monkeypatch, capsys) -> None:
     """One run of the command on random images, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "CONVOLUTIONS", ((2, 16, 8),))
@@ -82,9 +80,7 @@ def test_both_sides_do_the_same_work(data: tuple[Split, Split]) -> None:
         assert done["PlainRecipe"] == done["ProjectSide"] == steps
 
 
-def test_the_plain_process_reports_errors_in_one_line(
-    data: tuple[Split, Split], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_the_plain_process_reports_errors_in_one_line(data, monkeypatch, tmp_path, capfd) -> None:
     with plain_process(TINY, *data) as measure_plain:
         assert measure_plain("evaluation") > 0
         with pytest.raises(RunError, match=r"the plain recipe failed: AttributeError: .*no_such_work"):
@@ -100,9 +96,7 @@ def test_the_plain_process_reports_errors_in_one_line(
         measure_plain("evaluation")
 
 
-def test_the_plain_process_and_its_loader_processes_end_with_the_block(
-    data: tuple[Split, Split], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plain_process_and_its_loader_processes_end_with_the_block(data, monkeypatch) -> None:
     processes, start = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: processes.append(start(*a, **k)) or processes[0])
     setting = replace(TINY, workers=1)

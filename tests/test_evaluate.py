@@ -72,9 +72,7 @@ def test_results_of_a_finished_run_and_its_last_state_compare_too(evaluated, wit
     assert "Top-1 equals the history's for epoch 1 exactly; so does the loss." in capsys.readouterr().out
 
 
-def test_more_images_are_tested_on_request_and_compare_with_nothing(
-    evaluated, without_report, capsys
-) -> None:
+def test_more_images_are_tested_on_request_and_compare_with_nothing(evaluated, without_report, capsys):
     assert metrics_of(evaluated, "--all-test")["images"] == 200
     assert "150 images, this on 200" in capsys.readouterr().out
     metrics = metrics_of(evaluated, "--limit-test", "100")
@@ -104,7 +102,7 @@ def test_bf16_is_the_engines_bf16(evaluated, without_report) -> None:
 
 def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(
     evaluated, without_report, tmp_path, capsys, monkeypatch
-) -> None:
+):
     few = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8), np.arange(100)
     monkeypatch.setattr(synthetic, "generate", lambda split: few)
     data = load_dataset("synthetic", tmp_path)

@@ -46,9 +46,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> TrainStub:
 
 
 @pytest.mark.parametrize(("dataset", "suffix"), [([], ""), (["--dataset=synthetic"], "_synthetic")])
-def test_every_run_is_made_once_and_the_table_holds_mean_and_deviation(
-    train: TrainStub, tmp_path: Path, dataset: list[str], suffix: str
-) -> None:
+def test_every_run_is_made_once_and_the_table_holds_mean_and_deviation(train, tmp_path, dataset, suffix):
     argv = ["--recipes", "fast", "--run", "mine: --mix mixup", "--seeds", "1", "3", "--output-dir"]
     argv += [str(tmp_path), "--", "--epochs", "2", *dataset]
     assert experiments.main(argv) == 0
@@ -89,9 +87,7 @@ def test_an_unfinished_run_is_resumed(train: TrainStub, tmp_path: Path, state: s
         (["--run", "good:", "--run", "bad: --mxi 1"], "train.py: error: unrecognized arguments: --mxi 1"),
     ],
 )
-def test_wrong_usage_is_refused_before_anything_runs(
-    train: TrainStub, capsys: pytest.CaptureFixture, argv: list[str], message: str
-) -> None:
+def test_wrong_usage_is_refused_before_anything_runs(train, capsys, argv, message) -> None:
     with pytest.raises((UsageError, SystemExit)) as stopped:
         experiments.main(argv)
     assert message in f"{stopped.value}{capsys.readouterr().err}" and not train.commands
@@ -104,9 +100,7 @@ def test_a_damaged_history_is_reported_in_one_line(tmp_path: Path, text: str) ->
         experiments.accuracies(tmp_path / "h.csv")
 
 
-def test_averaged_weights_and_held_out_images_come_first_and_one_seed_has_no_deviation(
-    tmp_path: Path,
-) -> None:
+def test_averaged_weights_and_held_out_images_come_first_and_one_seed_has_no_deviation(tmp_path) -> None:
     (tmp_path / "x-seed0_history.csv").write_text("epoch,val_acc_percent,ema_val_acc_percent\n1,9,8\n2,7,6\n")
     table = experiments.results_table(tmp_path, {"x": []}, [0], [])
     assert table.endswith("| x | `none` | 2 | 6.00 | 8.00 |  |\n")

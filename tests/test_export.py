@@ -16,7 +16,6 @@ import export
 from core.cli import run_main
 from core.errors import RunError, UsageError
 from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
-from helpers.tiny_cifar import TinyCifar
 from training.checkpoint import load_model
 from utils import normalize
 
@@ -64,8 +63,8 @@ def metadata(content: bytes, format_name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("with_preprocessing", [False, True])
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_the_file_computes_what_the_network_does_and_describes_itself(
-    tmp_path: Path, weights: Path, format_name: str, with_preprocessing: bool
-) -> None:
+    tmp_path, weights, format_name, with_preprocessing
+):
     flags = ["--format", format_name] + ["--with-preprocessing"] * with_preprocessing
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning of an exporter reaches the user
@@ -93,9 +92,7 @@ def test_the_file_computes_what_the_network_does_and_describes_itself(
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x + 2e-4, lambda x: x * float("nan")])
-def test_a_file_that_differs_is_not_written(
-    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, spoil: object
-) -> None:
+def test_a_file_that_differs_is_not_written(tmp_path, weights, monkeypatch, spoil) -> None:
     real = export.load_exported
     monkeypatch.setattr(export, "load_exported", lambda *args: lambda batch: spoil(real(*args)(batch)))
     earlier = tmp_path / "tiny.torchscript"
@@ -105,9 +102,7 @@ def test_a_file_that_differs_is_not_written(
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"earlier"]
 
 
-def test_a_file_for_one_batch_size_is_found_out(
-    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_for_one_batch_size_is_found_out(tmp_path, weights, monkeypatch) -> None:
     model, seen = load_model(weights).model, []
 
     def network(batch: torch.Tensor) -> torch.Tensor:
@@ -123,9 +118,7 @@ def test_a_file_for_one_batch_size_is_found_out(
 
 
 @needs_onnx
-def test_real_test_images_are_counted_and_int8_is_calibrated(
-    tmp_path: Path, weights: Path, tiny_cifar: TinyCifar, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_real_test_images_are_counted_and_int8_is_calibrated(tmp_path, weights, tiny_cifar, capsys) -> None:
     tiny_cifar.lay(tmp_path)
     assert run(weights, tmp_path, check_images=100) == 0
     out = capsys.readouterr().out
@@ -146,9 +139,7 @@ def test_real_test_images_are_counted_and_int8_is_calibrated(
     assert difference.max() > 1e-4 and difference.mean() < 0.01
 
 
-def test_random_images_where_there_is_no_data(
-    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_random_images_where_there_is_no_data(tmp_path, weights, capsys) -> None:
     assert run(weights, tmp_path, "--format", "torchscript") == 0
     out = capsys.readouterr().out
     assert "Comparing on 9 random images" in out and "correct in PyTorch" not in out
@@ -164,17 +155,13 @@ def test_random_images_where_there_is_no_data(
         (["--format", "torchscript", "--output", "none/x.pt"], UsageError, "none does not exist"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_first(
-    tmp_path: Path, weights: Path, argv: list[str], error: type[Exception], message: str
-) -> None:
+def test_what_cannot_be_exported_is_refused_first(tmp_path, weights, argv, error, message) -> None:
     with pytest.raises(error, match=message):
         run(weights, tmp_path, *argv)
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_optional_packages_one_line_says_what_to_install(
-    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_the_optional_packages_one_line_says_what_to_install(tmp_path, weights, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run_main(lambda: run(weights, tmp_path), "export.py") == 1
     [line] = capsys.readouterr().err.splitlines()

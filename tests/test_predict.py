@@ -175,9 +175,7 @@ def test_the_square_at_the_centre_is_taken_and_antialiased(tmp_path: Path) -> No
         assert (read_image(str(tmp_path / "x.png")).pixels == COLOUR).all()
 
 
-def test_decompression_bombs_and_odd_files_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decompression_bombs_and_odd_files_are_refused(tmp_path, monkeypatch) -> None:
     path = str(tmp_path / "x.png")
     Image.new("1", (1000, 1000)).save(path)
     with monkeypatch.context() as patch:
@@ -197,9 +195,7 @@ def test_decompression_bombs_and_odd_files_are_refused(
 # --- the same answer as testing -------------------------------------------------------------------
 
 
-def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(
-    paths: list[Path], trained: LoadedModel, few_images: np.ndarray
-) -> None:
+def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(paths, trained, few_images) -> None:
     read = np.stack([read_image(str(path)).pixels for path in paths])
     np.testing.assert_array_equal(read, few_images)
     [(batch, _)] = make_test_batches(Split(few_images, np.zeros(20, np.int64)), 20, "cpu")
@@ -212,9 +208,7 @@ def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(
     torch.testing.assert_close(alone, expected.values, rtol=0, atol=1e-5)
 
 
-def test_json_gives_probabilities_of_the_logits(
-    paths: list[Path], run: Run, trained: LoadedModel, few_images: np.ndarray
-) -> None:
+def test_json_gives_probabilities_of_the_logits(paths, run, trained, few_images) -> None:
     code, out, _ = run(*paths, "--json", "--topk", 3)
     lines = [json.loads(line) for line in out]
     assert code == 0 and [line["path"] for line in lines] == [str(path) for path in paths]
@@ -248,9 +242,7 @@ def test_corrupt_weights_are_an_error(trained: LoadedModel) -> None:
 # --- what comes out -------------------------------------------------------------------------------
 
 
-def test_table_names_class_and_superclass_by_the_best_run(
-    tmp_path: Path, weights: Path, paths: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_names_class_and_superclass_by_the_best_run(tmp_path, weights, paths, capsys) -> None:
     shutil.copy(weights, tmp_path)
     assert predict.main([str(paths[0]), "--output-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -261,9 +253,7 @@ def test_table_names_class_and_superclass_by_the_best_run(
     assert superclass == SUPERCLASSES[CLASSES.index(name) % 20]
 
 
-def test_unreadable_files_are_reported_and_the_others_classified(
-    tmp_path: Path, run: Run, paths: list[Path]
-) -> None:
+def test_unreadable_files_are_reported_and_the_others_classified(tmp_path, run, paths) -> None:
     broken, missing, empty, notes = (
         tmp_path / name for name in ("broken.png", "missing.png", "empty", "notes")
     )
@@ -280,9 +270,7 @@ def test_unreadable_files_are_reported_and_the_others_classified(
         assert str(path) in line and reason in line
 
 
-def test_paths_on_standard_input(
-    tmp_path: Path, run: Run, paths: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_on_standard_input(tmp_path, run, paths, monkeypatch) -> None:
     odd = tmp_path / os.fsdecode(b"na\xefve [1]*.png")  # not UTF-8, and a pattern if it were an argument
     paths[0].rename(odd)
     stdin = type("Stdin", (), {"buffer": io.BytesIO(os.fsencode(odd) + b"\n\r\n\nnone.png\n")})
@@ -295,17 +283,13 @@ def test_paths_on_standard_input(
 @pytest.mark.parametrize(
     ("stdin", "message"), [(io.TextIOWrapper(io.BytesIO(b"")), "no image was named"), (None, "closed")]
 )
-def test_an_empty_list_is_an_error(
-    run: Run, monkeypatch: pytest.MonkeyPatch, stdin: io.TextIOWrapper | None, message: str
-) -> None:
+def test_an_empty_list_is_an_error(run, monkeypatch, stdin, message) -> None:
     monkeypatch.setattr(sys, "stdin", stdin)
     code, _, [line] = run("-")
     assert code == 1 and message in line
 
 
-def test_save_draws_each_image_under_a_name_of_its_own(
-    tmp_path: Path, run: Run, few_images: np.ndarray
-) -> None:
+def test_save_draws_each_image_under_a_name_of_its_own(tmp_path, run, few_images) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         Image.fromarray(few_images[0]).resize((900, 600)).save(tmp_path / folder / "same name.png")
@@ -329,9 +313,7 @@ def test_wrong_usage_is_one_line(tmp_path: Path, run: Run) -> None:
 # --- bounded memory -------------------------------------------------------------------------------
 
 
-def test_files_are_looked_for_and_read_a_batch_at_a_time(
-    trained: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_looked_for_and_read_a_batch_at_a_time(trained, monkeypatch) -> None:
     found, read = [], []
 
     def endless() -> Iterator[Result]:

@@ -188,9 +188,7 @@ def test_the_run_ends_with_an_analysis(finished: Finished) -> None:
 # ---- other data, other schedules ----
 
 
-def test_with_a_validation_split_the_test_images_are_read_once_at_the_end(
-    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_with_a_validation_split_the_test_images_are_read_once_at_the_end(quick, capsys) -> None:
     tested: list[int] = []
 
     def counting(model: nn.Module, batches: list, **options: object) -> object:
@@ -221,9 +219,7 @@ def test_with_a_validation_split_the_test_images_are_read_once_at_the_end(
     assert "flatters" not in out
 
 
-def test_a_subset_says_so_wherever_its_metrics_stand(
-    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_subset_says_so_wherever_its_metrics_stand(quick, capsys) -> None:
     titles: list[str] = []
     quick.setattr(train, "plot_history", lambda *_, title, **__: titles.append(title))
     assert main([*QUICK, "--epochs", "1", "--limit-train", "200", "--limit-test", "100"]) == 0
@@ -243,9 +239,7 @@ def test_one_cycle_is_stepped_by_the_batch(quick: pytest.MonkeyPatch, capsys: py
 
 
 @pytest.mark.parametrize("name", [[], ["--name", "mine"], ["--name", "my_synthetic_run"]])
-def test_a_synthetic_run_says_so_everywhere(
-    quick: pytest.MonkeyPatch, finder: list[str], capsys: pytest.CaptureFixture, name: list[str]
-) -> None:
+def test_a_synthetic_run_says_so_everywhere(quick, finder, capsys, name) -> None:
     titles: list[str] = []
     quick.setattr(train, "plot_history", lambda *_, title, **__: titles.append(title))
     quick.setattr(train, "plot_lr_finder", lambda *a, title, **_: titles.append(title) or a[3])
@@ -263,9 +257,7 @@ def test_a_synthetic_run_says_so_everywhere(
 
 
 @pytest.mark.real_data
-def test_one_epoch_on_the_real_images(
-    real_data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_one_epoch_on_the_real_images(real_data_dir, tmp_path, capsys) -> None:
     flags = ["--yes", "--no-lr-finder", "--model", "resnet20", "--limit-train", "512", "--limit-test", "200"]
     where = ["--data-dir", str(real_data_dir), "--output-dir", str(tmp_path)]
     assert main([*flags, *where, "--epochs", "1", "--batch-size", "32"]) == 0
@@ -346,9 +338,7 @@ def test_a_flag_given_is_a_question_not_asked(
         ([], [""], "CNN_Model-3"),
     ],
 )
-def test_an_earlier_run_is_replaced_only_where_that_is_wanted(
-    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, flags: list, answers: list, name: str
-) -> None:
+def test_an_earlier_run_is_replaced_only_where_that_is_wanted(quick, capsys, flags, answers, name) -> None:
     earlier = [Path(f"output/CNN_Model{ending}_best.pth") for ending in ("", "-2")]
     earlier[0].parent.mkdir()
     for path in earlier:
@@ -440,9 +430,7 @@ NO_DATA = [*QUICK[1:], "--epochs", "1", "--data-dir", "nowhere"]
 
 
 @pytest.mark.parametrize("flags", [["--yes"], []])
-def test_without_data_a_pipe_gets_one_message_and_exit_1(
-    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, flags: list[str]
-) -> None:
+def test_without_data_a_pipe_gets_one_message_and_exit_1(quick, capsys, flags) -> None:
     without_data(quick)
     quick.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))
     code = run_main(lambda: main([*NO_DATA, *flags]), "train.py")
@@ -456,9 +444,7 @@ def test_without_data_a_pipe_gets_one_message_and_exit_1(
 
 
 @pytest.mark.parametrize("answers", [["maybe", "y"], [""], ["n"]])
-def test_at_a_terminal_the_synthetic_set_is_offered(
-    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, answers: list[str]
-) -> None:
+def test_at_a_terminal_the_synthetic_set_is_offered(quick, capsys, answers) -> None:
     without_data(quick)
     questions = typed(quick, *answers)
     code = run_main(lambda: main(NO_DATA), "train.py")
@@ -485,9 +471,7 @@ def test_at_a_terminal_the_synthetic_set_is_offered(
     ],
     ids=" ".join,
 )
-def test_a_wrong_value_is_one_line_and_exit_2_before_data_is_touched(
-    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, argv: list[str]
-) -> None:
+def test_a_wrong_value_is_one_line_and_exit_2_before_data_is_touched(quick, capsys, argv) -> None:
     quick.setattr(train, "load_dataset", lambda *_, **__: pytest.fail("data was touched"))
     quick.setattr(torch.cuda, "device_count", lambda: 0)
     try:
@@ -504,9 +488,7 @@ def test_a_wrong_value_is_one_line_and_exit_2_before_data_is_touched(
 # ---- the command that resumes ----
 
 
-def test_every_flag_about_the_machine_is_in_the_command_that_resumes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_every_flag_about_the_machine_is_in_the_command_that_resumes(monkeypatch, tmp_path) -> None:
     machine = [
         *(["--data-dir", "my data"], ["--data-url", "https://example.org/a?b&c"], ["--workers", "0"]),
         *(["--checkpoint-every", "0.123456789"], ["--device", "cpu"], ["--compile", "off"]),

@@ -423,23 +423,19 @@ def test_it_stops_where_the_loss_explodes_and_works_without_stderr(monkeypatch: 
     [(1000, 1, 4, 4), (64, 12, 4, 0), (64, 4, 4, 2), (64, 4, 1, 4), (0, 1, 1, 0)],
 )
 def test_fewer_batches_are_prefetched_where_shared_memory_is_short(
-    monkeypatch: pytest.MonkeyPatch, free_mib: int, batch_mib: int, workers: int, prefetch: int
-) -> None:
+    monkeypatch, free_mib, batch_mib, workers, prefetch
+):
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=free_mib << 20))
     assert utils.choose_prefetch(workers, batch_mib << 20) == prefetch
 
 
-def test_without_room_for_a_batch_the_training_process_makes_them(
-    split: Split, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_room_for_a_batch_the_training_process_makes_them(split, monkeypatch) -> None:
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert make(split, workers=2).num_workers == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the worker must inherit the fault")
-def test_a_worker_that_cannot_share_a_batch_is_an_error_not_a_wait(
-    split: Split, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_cannot_share_a_batch_is_an_error_not_a_wait(split, monkeypatch) -> None:
     def fail(tensor: torch.Tensor) -> None:
         raise RuntimeError(
             "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"

@@ -74,9 +74,7 @@ def test_a_yes_or_no(monkeypatch: pytest.MonkeyPatch, text: str, default: bool, 
     assert ask_yes_no("Continue? ", default) is answer
 
 
-def test_a_wrong_answer_is_explained_and_asked_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_wrong_answer_is_explained_and_asked_again(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("maybe\n0\n12\n"))
     assert ask("Epochs: ", 20, EPOCHS, shown="20") == 12
     why = "  The number of epochs takes a whole number from 1 to 1,000, not 'maybe'. Please answer again.\n"
@@ -85,9 +83,7 @@ def test_a_wrong_answer_is_explained_and_asked_again(
 
 
 @pytest.mark.parametrize("stdin", ["none", "closed", "failing", "wrong to its end"])
-def test_without_an_answer_the_default_is_used_and_announced(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stdin: str
-) -> None:
+def test_without_an_answer_the_default_is_used_and_announced(monkeypatch, capsys, stdin) -> None:
     class Failing(io.StringIO):
         def readline(self, *_: object) -> str:
             raise OSError(5, "Input/output error")
@@ -228,9 +224,7 @@ def test_with_nothing_to_save_the_first_signal_ends_the_program(signal_number: i
 
 @POSIX_ONLY
 @BOTH_SIGNALS
-def test_while_busy_the_first_signal_sets_a_flag_and_the_second_ends_the_program(
-    signal_number: int, code: int
-) -> None:
+def test_while_busy_the_first_signal_sets_a_flag_and_the_second_ends_the_program(signal_number, code) -> None:
     process = loop("busy", "slow")
     process.send_signal(signal_number)
     assert process.stdout.readline() == f"saving {code}\n"
@@ -263,9 +257,7 @@ def test_the_earlier_handlers_are_restored() -> None:
 
 
 @pytest.mark.parametrize(("error", "code"), [(RunError("disk full"), 1), (UsageError("--lr is wrong"), 2)])
-def test_a_known_error_is_one_line_and_its_code(
-    error: Exception, code: int, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_known_error_is_one_line_and_its_code(error, code, capsys) -> None:
     def main() -> int:
         raise error
 

@@ -134,9 +134,7 @@ def test_two_processes_train_as_one(tmp_path: Path, started: list) -> None:
     assert (tmp_path / "out.txt").read_text().count("Epoch [1/2]") == 1  # only rank 0 prints
 
 
-def test_one_process_resumes_what_two_were_interrupted_in(
-    tmp_path: Path, started: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_process_resumes_what_two_were_interrupted_in(tmp_path, started, monkeypatch) -> None:
     two = torchrun(tmp_path, REPOSITORY / "train.py", *LONG)
     started.append(two)
     history = tmp_path / "output" / "tiny_synthetic_history.csv"
@@ -204,13 +202,8 @@ def test_the_death_of_a_process_ends_the_other(tmp_path: Path, started: list) ->
     ],
 )
 def test_what_two_processes_cannot_do_is_one_line_and_exit_code_2(
-    flags: list[str],
-    message: str,
-    rank: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+    flags, message, rank, tmp_path, monkeypatch, capsys
+):
     for name, value in rank_environment(rank, "1").items():
         monkeypatch.setenv(name, value)
     delays: list[float] = []
@@ -241,12 +234,7 @@ PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR":
         (PLACE | {"MASTER_ADDR": ""}, "WORLD_SIZE is 4 but MASTER_ADDR is missing"),
     ],
 )
-def test_the_launchers_environment(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    variables: dict[str, str],
-    expected: object,
-) -> None:
+def test_the_launchers_environment(monkeypatch, capsys, variables, expected) -> None:
     for name in PLACE:
         monkeypatch.setenv(name, variables.get(name, ""))
     monkeypatch.setattr(distributed, "_enabled", False)
@@ -355,9 +343,7 @@ for forward in (False, True):
 
 
 @pytest.mark.parametrize("broken", [None, 0, 1])
-def test_compilation_that_fails_on_one_rank_is_given_up_on_both(
-    tmp_path: Path, started: list, broken: int | None
-) -> None:
+def test_compilation_that_fails_on_one_rank_is_given_up_on_both(tmp_path, started, broken) -> None:
     ranks = in_two_processes(tmp_path, started, COMPILATION.replace("BROKEN", str(broken)))
     for result in ranks:
         for forward in (False, True):

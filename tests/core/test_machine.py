@@ -74,9 +74,7 @@ def test_a_device_that_is_not_available_is_a_usage_error(devices: Callable[..., 
         (None, False),
     ],
 )
-def test_bf16_is_native_where_the_processor_says_so(
-    monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, native: bool
-) -> None:
+def test_bf16_is_native_where_the_processor_says_so(monkeypatch, cpuinfo, native) -> None:
     def fake_open(path: str, **_: object) -> io.StringIO:
         if cpuinfo is None:
             raise FileNotFoundError(path)
@@ -89,9 +87,7 @@ def test_bf16_is_native_where_the_processor_says_so(
 
 
 @pytest.mark.parametrize(("capability", "new"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_bf16_and_tf32_on_cuda(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], new: bool
-) -> None:
+def test_bf16_and_tf32_on_cuda(monkeypatch, capability, new) -> None:
     gpu, mps = torch.device("cuda", 0), torch.device("mps")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
@@ -162,9 +158,7 @@ def test_determinism_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_the_code_version_is_the_commit_of_its_own_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_version_is_the_commit_of_its_own_repository(tmp_path, monkeypatch) -> None:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -218,9 +212,7 @@ def test_cores_are_bounded_by_affinity_and_quota(monkeypatch: pytest.MonkeyPatch
     ("cores", "processes", "workers"),
     [(8, "1", (7, 1)), (8, "4", (1, 0)), (256, "1", (machine.MAX_WORKERS, 1)), (1, "4", (0, 0))],
 )
-def test_workers_follow_device_and_cores(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processes: str, workers: tuple[int, int]
-) -> None:
+def test_workers_follow_device_and_cores(monkeypatch, cores, processes, workers) -> None:
     # the processes of one machine share its cores
     monkeypatch.setattr(distributed, "local_world_size", lambda: int(processes))
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)

@@ -328,9 +328,7 @@ def test_an_archive_made_by_another_writer_loads(tmp_path: Path, saved: Path) ->
     assert same(load_checkpoint(tmp_path / "again.pth"), load_checkpoint(saved))
 
 
-def test_zip_bombs_are_refused_before_torch_reads_them(
-    tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zip_bombs_are_refused_before_torch_reads_them(tmp_path, saved, monkeypatch) -> None:
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in {**members_of(saved), "archive/data/99": bytes(1 << 26)}.items():

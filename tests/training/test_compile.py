@@ -39,9 +39,7 @@ def compiler() -> str | None:
 
 @pytest.mark.skipif(compiler() is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.skipif(sys.platform == "win32", reason="torch.compile of CPU code is fragile on Windows")
-def test_compiled_and_eager_training_agree_and_a_short_batch_compiles_nothing(
-    monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str]
-) -> None:
+def test_compiled_and_eager_training_agree_and_a_short_batch_compiles_nothing(monkeypatch, warnings_logged):
     import torch._dynamo
     import torch._inductor.config
 
@@ -78,9 +76,7 @@ def fails_in_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_failed_compilation_is_one_warning_and_the_same_training(
-    monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str], where: str
-) -> None:
+def test_failed_compilation_is_one_warning_and_the_same_training(monkeypatch, warnings_logged, where) -> None:
     def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         if where == "forward":
             return fails_in_forward(model)
@@ -164,11 +160,8 @@ def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: py
 )
 @pytest.mark.parametrize("compile_batch_size", [None, 8])
 def test_out_of_memory_is_one_line_and_no_failed_compilation(
-    monkeypatch: pytest.MonkeyPatch,
-    warnings_logged: list[str],
-    error: Exception,
-    compile_batch_size: int | None,
-) -> None:
+    monkeypatch, warnings_logged, error, compile_batch_size
+):
     def fail(*_: object) -> torch.Tensor:
         raise error
 

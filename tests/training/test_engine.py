@@ -212,9 +212,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_bar_is_silent_without_a_terminal_and_tells_on_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_bar_is_silent_without_a_terminal_and_tells_on_one(monkeypatch, capsys) -> None:
     train(make_step(small_net()), batches_of(4, 4))
     evaluate(small_net(), [(plainly_normalized(images), labels) for images, labels in batches_of(4)])
     assert capsys.readouterr() == ("", "")

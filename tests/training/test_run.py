@@ -126,9 +126,7 @@ def test_kills_at_random_moments(driver: Driver, whole: dict, tmp_path: Path) ->
         ("finish_epoch", 3, 1, INT),
     ],
 )
-def test_signals_at_chosen_moments(
-    driver: Driver, whole: dict, tmp_path: Path, method: str, epoch: int, call: int, number: int
-) -> None:
+def test_signals_at_chosen_moments(driver, whole, tmp_path, method, epoch, call, number) -> None:
     moment = ["signal_in", method, epoch, call, number]
     code, output = driver.run([*QUICK, "--output-dir", tmp_path], tmp_path / "output", moment)
     assert code == (-KILL if number == KILL else 128 + number), output
@@ -191,9 +189,7 @@ def test_a_kill_at_every_step_of_writing_files(driver: Driver, whole: dict, copy
     assert not list(copy.glob(".*")) and not list(copy.glob("*.lock"))
 
 
-def test_overwriting_loses_nothing_before_the_new_state_is_on_disk(
-    driver: Driver, whole: dict, stopped: Path, tmp_path: Path
-) -> None:
+def test_overwriting_loses_nothing_before_the_new_state_is_on_disk(driver, whole, stopped, tmp_path) -> None:
     """The n-th attempt dies at its n-th step of writing or deleting; the last one reaches training."""
     flags, code, new_state = [*QUICK, "--overwrite"], -KILL, []
     while code == -KILL:
@@ -253,9 +249,7 @@ def test_a_small_disk_is_found_before_training(driver: Driver, tmp_path: Path) -
         (["limit_file_size_in", "begin_epoch", 2, 300_000], "earlier files are unchanged"),
     ],
 )
-def test_a_disk_that_fills_up_leaves_a_state_that_resumes(
-    driver: Driver, whole: dict, tmp_path: Path, fault: list, words: str
-) -> None:
+def test_a_disk_that_fills_up_leaves_a_state_that_resumes(driver, whole, tmp_path, fault, words) -> None:
     folder = tmp_path / "disk"
     with small_disk(folder, "8m") if fault[0] == "fill_disk_in_epoch" else contextlib.nullcontext():
         code, output = driver.run([*QUICK, "--output-dir", folder], tmp_path / "output", fault)
@@ -344,9 +338,7 @@ def test_two_damaged_states_are_one_line_that_names_both(driver: Driver, copy: P
         ("--resume CNN_Model_best.pth", 1, "is not a state to resume from: name a NAME_last.pth"),
     ],
 )
-def test_a_wrong_resume_is_one_line(
-    driver: Driver, copy: Path, flags: str, expected: int, words: str
-) -> None:
+def test_a_wrong_resume_is_one_line(driver, copy, flags, expected, words) -> None:
     before = contents(copy)
     flags = [copy / word if word.endswith(".pth") else word for word in flags.split()]
     code, output = driver.run([*flags, "--output-dir", copy], copy.parent / "out")
@@ -430,9 +422,7 @@ def test_two_runs_of_one_name_are_kept_apart(driver: Driver, whole: dict, tmp_pa
 
 
 @pytest.mark.parametrize(("where", "number"), [("question", INT), ("finder", TERM), ("batch", INT)])
-def test_a_signal_before_training_ends_it_without_a_traceback(
-    driver: Driver, tmp_path: Path, where: str, number: int
-) -> None:
+def test_a_signal_before_training_ends_it_without_a_traceback(driver, tmp_path, where, number) -> None:
     flags = [*QUICK, "--lr-finder", "--output-dir", tmp_path]
     if where == "question":
         flags = ["--model", "resnet8", "--output-dir", tmp_path]

@@ -132,9 +132,7 @@ def test_hits_are_counts_for_labels_and_weights_for_mixed_targets() -> None:
         ((20,), 2, [20, 20]),
     ],
 )
-def test_each_size_has_an_equal_part_of_the_epochs(
-    sizes: tuple[int, ...], epochs: int, expected: list[int]
-) -> None:
+def test_each_size_has_an_equal_part_of_the_epochs(sizes, epochs, expected) -> None:
     progressive, images = ProgressiveSize(sizes, epochs, batches_per_epoch=3), torch.randn(2, 3, 32, 32)
     for epoch, size in enumerate(expected):
         for step in (3 * epoch, 3 * epoch + 2):
