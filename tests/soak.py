@@ -29,7 +29,9 @@ from training.run import RunFiles
 
 NAME = "CNN_Model"
 LONGEST_S = 2.5  # of computing, from a start to its kill: about as long as a run takes
-WORDS = ["9" * 400, *"y n YES 0.1 1e-3 20 -1 0 nan inf 1e999 0x10 1_0 ²".split(" ")]
+WORDS = [
+    "y", "n", "YES", "0.1", "1e-3", "20", "-1", "0", "nan", "inf", "1e999", "9" * 400, "0x10", "1_0", "²",
+]  # fmt: skip
 
 
 def main() -> int:
