@@ -135,13 +135,6 @@ PAPER_MILLIONS = {
     "preact_resnet110": "1.7", "wrn_16_4": "2.7", "wrn_28_10": "36.5",
 }  # fmt: skip
 
-# Millions of multiply-adds with 10 classes at 32x32. The papers print none: this is the table of
-# D-X-Y/AutoDL-Projects, docs/BASELINE.md, whose networks have the same convolutions.
-PUBLISHED_MEGA_MACS = {
-    "resnet20": "40.81", "resnet32": "69.12", "resnet56": "125.75", "resnet110": "253.15",
-    "wrn_28_10": "5243.33",
-}  # fmt: skip
-
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_and_multiply_adds_are_exact(name):
@@ -154,11 +147,6 @@ def test_parameter_count_rounds_to_the_papers(name):
     printed = PAPER_MILLIONS[name]
     count = count_parameters(on_meta(name, 10)) - (OPTION_A if name.startswith("resnet") else 0)
     assert f"{count / 1e6:.{len(printed.split('.')[1])}f}" == printed
-
-
-@pytest.mark.parametrize("name", PUBLISHED_MEGA_MACS)
-def test_multiply_adds_round_to_the_published_table(name):
-    assert f"{count_macs(on_meta(name, 10)) / 1e6:.2f}" == PUBLISHED_MEGA_MACS[name]
 
 
 def test_count_macs_leaves_the_network_as_it_was():

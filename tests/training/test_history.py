@@ -67,15 +67,6 @@ def test_each_phase_of_the_schedule_has_its_line() -> None:
     assert phases[1][2:] == ["13.00%", "->", "14.00%", "11.50%", "->", "12.00%"]
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 7, 20])
-@pytest.mark.parametrize("scheduler", ["multistep", "onecycle"])
-def test_runs_of_any_length_are_analysed(epochs: int, scheduler: str) -> None:
-    recipe = Recipe(epochs=epochs, scheduler=scheduler)
-    lines = analyse(history(epochs), recipe, epochs, 0.4, {})
-    phases = sum("->" in line and "%" in line and "loss" not in line for line in lines)
-    assert phases == len(recipe.milestone_epochs) + 1
-
-
 def test_a_risen_loss_is_an_increase() -> None:
     rows = history(2)
     rows[1]["test_loss"] = 7.5

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -326,12 +325,6 @@ def test_the_best_epoch_is_chosen_on_held_out_images_if_there_are_any(values: di
 
 
 # ---- stored and read again ----
-
-
-def test_a_recipe_survives_a_weights_only_file(tmp_path: Path) -> None:
-    recipe = Recipe(scheduler="cosine", decay_bn=False, image_sizes=(24, 32), val_split=10, teacher="t.pth")
-    torch.save(recipe.to_dict(), tmp_path / "recipe.pth")
-    assert Recipe.from_dict(torch.load(tmp_path / "recipe.pth", weights_only=True)) == recipe
 
 
 def test_a_stored_recipe_without_a_newer_field_takes_its_default() -> None:

@@ -1,16 +1,12 @@
 """The flags of train.py: a wrong value is one line and exit code 2; any arguments at all have an end."""
 
 import contextlib
-import dataclasses
 import io
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from core.cli import plain_name
-from core.errors import UsageError
 from model import MODELS
 from training.recipe import Recipe, given_flags, recipe_from
 from training.settings import DEFAULT_NAME, build_parser
@@ -81,34 +77,3 @@ def test_help_explains_every_flag() -> None:
     assert (code, err) == (0, "")
     assert all(text in out for text in (*FLAGS, *MODELS, "\nanswers to the questions:\n", "\nrun:\n"))
     assert all(action.help for action in PARSER._actions)
-
-
-words = st.one_of(
-    st.sampled_from(FLAGS),
-    st.builds("{}={}".format, st.sampled_from(FLAGS), st.text(max_size=12)),
-    st.sampled_from(["-1", "1e400", "--", "-", "nan", "%s", "%(prog)s", "{}", "@/etc/passwd", "9" * 5000]),
-    st.text(st.characters(), max_size=20),  # lone surrogates, control characters and all
-    st.integers().map(str),
-    st.floats().map(str),
-    st.binary(max_size=8).map(lambda data: data.decode("utf-8", "surrogateescape")),
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(words, max_size=6))
-@example(["\ud800", "--name=\ud800\n"])
-@example(["--milestones", "1", "--", "2"])
-def test_any_arguments_end_in_flags_or_in_one_line(argv: list[str]) -> None:
-    result, out, err = parse(*argv)
-    if result == 0:
-        assert out and not err
-    elif result == 2:
-        assert not out and err.endswith("\n") and err[:-1].isprintable() and len(err) < 500
-    else:
-        assert (out, err) == ("", "")
-        try:
-            recipe = recipe_from({**given_flags(result), "precision": "fp32"})
-        except UsageError as error:
-            assert "\n" not in str(error)
-        else:
-            assert dataclasses.replace(recipe) == recipe

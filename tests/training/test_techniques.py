@@ -101,17 +101,6 @@ def test_draws_follow_from_seed_step_and_rank_alone() -> None:
         assert not torch.equal(first[0], mix(images, labels, step)[0])
 
 
-def test_seeds_of_streams_steps_and_ranks_all_differ() -> None:
-    seeds = {
-        StepSeed(seed, stream, rank)(step)
-        for seed in range(3)
-        for stream in (17, 18)
-        for rank in range(3)
-        for step in range(3)
-    }
-    assert len(seeds) == 54 and StepSeed(1, 17)(5) == StepSeed(1, 17)(5)
-
-
 def test_hits_are_counts_for_labels_and_weights_for_mixed_targets() -> None:
     predicted, labels = torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2])
     assert soft_hits(predicted, labels) == 2
