@@ -91,11 +91,7 @@ def build_parser() -> Parser:
     groups = {title: parser.add_argument_group(title) for title in (ANSWERS, DATA, RECIPE, TECHNIQUES, "run")}
     flag = groups[ANSWERS].add_argument
     flag("--yes", action="store_true", help="ask nothing, take the defaults")
-    flag(
-        "--lr-finder",
-        action=argparse.BooleanOptionalAction,
-        help="run the LR finder first (default: asked; y)",
-    )
+    flag("--lr-finder", action=argparse.BooleanOptionalAction, help="run the LR finder (default: asked; y)")
     groups[RECIPE].add_argument("--recipe", choices=tuple(PRESETS), help="a preset: flags listed at the end")
     add_recipe_flags(groups)
     add_data_dir(groups[DATA])
@@ -107,12 +103,7 @@ def build_parser() -> Parser:
     )
     flag = groups["run"].add_argument
     flag("--output-dir", type=Path, metavar="DIR", help="folder of the run's files (default: output)")
-    flag(
-        "--name",
-        type=plain_name,
-        metavar="NAME",
-        help=f"prefix of the files' names (default: {DEFAULT_NAME})",
-    )
+    flag("--name", type=plain_name, metavar="NAME", help=f"prefix of file names (default: {DEFAULT_NAME})")
     flag("--overwrite", action="store_true", help="replace an earlier run of that name (default: NAME-2)")
     flag(
         "--resume",
