@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import TYPE_CHECKING
 
 # Before torch is imported: tests run side by side, and waiting threads would only slow the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A job in the background inherits an ignored SIGINT, and so would every process that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
