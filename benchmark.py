@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from cifar.dataset import FOLDER, Split, load_dataset
 from core.cli import PRECISIONS, Parser, add_data_dir, add_device, progress_bar, run_main, whole_number
 from core.errors import RunError, UsageError
-from core.files import atomic_write_text
+from core.files import atomic_write_text, check_output
 from core.machine import (
     choose_compile,
     choose_device,
@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the flags, measure, and print the table."""
     args = build_parser().parse_args(argv)
     setting = setting_from(args)
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.json:
+        check_output(args.json, [".json"])
     train, test, data = load_images(args.data_dir, setting.images)
     set_up_torch(SEED, torch.device(setting.device), deterministic=False)
     machine = describe_machine(setting) | {"data": data}  # first, while nothing else runs

@@ -34,7 +34,7 @@ from core.cli import (
     whole_number,
 )
 from core.errors import RunError
-from core.files import atomic_write_text
+from core.files import atomic_write_text, check_output
 from core.machine import choose_device, set_up_torch, versions
 from inspection.inference import VIEWS, averaged_log_probabilities, timed_logits
 from inspection.metrics import Scores, per_class, score
@@ -92,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     trained = load_model(args.weights or find_weights(args.output_dir), device)
     files = RunFiles(args.output_dir, args.name or run_name(trained))
     files.prepare()
+    check_output(files.path("_report.html"), [".html"])
+    if args.json:
+        check_output(args.json, [".json"], [trained.path])
     evaluation = run_test(args, trained, device, files.name)
     scores, recipe = evaluation.scores, trained.recipe
     reproduction = compare(

@@ -20,7 +20,7 @@ import torch
 
 from core.cli import LOG, Parser, plain_name, run_main, start_log, whole_number
 from core.errors import RunError, UsageError, printable
-from core.files import atomic_write_text
+from core.files import atomic_write_text, check_output
 from model import MODELS, build_model, count_macs, count_parameters
 from training import settings
 from training.presets import PRESETS
@@ -49,10 +49,12 @@ def main(argv: list[str] | None = None) -> int:
             all_flags = [*shared, *flags, "--seed", str(seed)]  # the later of two flags counts
             # before the first run starts, since this refuses flags that train.py does not have
             runs.append((run_files(args.output_dir, name, seed, all_flags), all_flags))
+    path = args.output_dir / "experiments.md"
+    RunFiles(args.output_dir, path.stem).prepare()
+    check_output(path, [".md"])
     for files, flags in runs:
         run_once(files, flags)
     table = results_table(args.output_dir, dict(variants), args.seeds, shared)
-    path = args.output_dir / "experiments.md"
     atomic_write_text(path, table)
     LOG.info(f"{table}\nTable: {path}")
     return 0

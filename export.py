@@ -34,7 +34,7 @@ from torch import nn
 from cifar import dataset
 from core.cli import LOG, Parser, add_data_dir, add_weights, progress_bar, run_main, start_log, whole_number
 from core.errors import RunError, UsageError
-from core.files import atomic_write
+from core.files import atomic_write, check_output
 from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
 
@@ -99,8 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     start_log(None)
     trained = load_model(args.weights or find_weights(args.output_dir))
     target = args.output or args.output_dir / default_name(args, trained)
-    if not target.parent.is_dir():
-        raise UsageError(f"the folder {target.parent} does not exist: make it, or pass another --output")
+    check_output(target, EXTENSIONS.values(), [trained.path])
     data = find_data(trained, args.data_dir)
     if args.int8 and data is None:
         raise RunError(f"--int8 needs training images, and {args.data_dir} has none: pass --data-dir")

@@ -4,13 +4,14 @@ import contextlib
 import glob
 import os
 import secrets
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from core.errors import RunError
+from core.errors import RunError, UsageError
 
 
 @contextlib.contextmanager
@@ -55,6 +56,35 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 with `atomic_write`."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def check_output(path: Path, suffixes: Collection[str], inputs: Collection[Path] = ()) -> None:
+    """Check that a result can be written to `path` and replaces no file of another kind: before the work.
+
+    Args:
+        suffixes: those of the files that may be replaced (".json"); an empty file may too, whatever its name.
+        inputs: files that the command reads.
+
+    Raises:
+        UsageError: `path` is a folder, in a folder that does not exist, an input, or of another kind.
+        RunError: no file can be written there.
+    """
+    try:
+        if path.is_dir():
+            raise UsageError(f"cannot write {path}: it is a folder, name a file in it")
+        if not path.parent.is_dir():
+            raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+        with contextlib.suppress(FileNotFoundError):  # a new file may have any name
+            empty = path.stat().st_size == 0 and not path.is_symlink()  # as /dev/stdout is
+            if any(path.samefile(other) for other in inputs):
+                raise UsageError(f"{path} is an input of this command: name another file for the output")
+            if not path.is_file() or not (empty or path.suffix.lower() in suffixes):
+                kind = " or ".join(suffixes)
+                raise UsageError(f"{path} exists and is not a {kind} file: name another one, or delete it")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def remove_temporary_files(folder: Path, prefix: str) -> None:

@@ -154,7 +154,7 @@ def test_rounds_are_interleaved_and_the_first_is_not_counted() -> None:
     [
         ("--images 9 --batch-size 10", "--images takes 10 (the batch size) to 50000, not 9"),
         ("--images 50001", "--images takes 128 (the batch size) to 50000, not 50001"),
-        ("--json no/such/folder/x.json", "--json no/such/folder/x.json: there is no folder no/such/folder"),
+        ("--json no/such/x.json", "cannot write no/such/x.json: there is no folder no/such"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(flags: str, message: str, capsys: pytest.CaptureFixture) -> None:

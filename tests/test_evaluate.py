@@ -1,6 +1,7 @@
 """evaluate.py on a small run: its metrics are the run's own, and it says whether they are."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +121,27 @@ def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(
         (["--limit-test", "201"], 2, "cannot take 201 of 200 images"),
         (["--output-dir", "file"], 1, "is a file, not a folder"),
         (["--output-dir", "empty"], 2, "no trained weights"),
-        (["--json", "empty/no/f.json"], 1, "cannot write"),
+        (["--json", "empty/no/f.json"], 2, "there is no folder empty/no"),
+        (["--json", "empty"], 2, "it is a folder"),
+        (["--json", "small_best.pth"], 2, "is an input of this command"),
+        (["--json", "photo.png"], 2, "photo.png exists and is not a .json file"),
+        (["--output-dir", "empty", "--name", "x"], 2, "x_report.html: it is a folder"),
     ],
 )
 def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, flags, code, words) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    Path("empty").mkdir()
-    weights = [] if words.startswith("no ") else ["--weights", str(evaluated.run.files.best)]
+    Path("photo.png").write_bytes(b"photo")
+    Path("empty/x_report.html").mkdir(parents=True)
+    shutil.copy(evaluated.run.files.best, "small_best.pth")
+    monkeypatch.setattr(evaluate, "timed_logits", None)  # nothing is computed
+    weights = [] if words.startswith("no ") else ["--weights", "small_best.pth"]
     assert run_main(lambda: evaluate.main([*evaluated.flags, *weights, *flags]), "evaluate.py") == code
     error = capsys.readouterr().err
     assert error.startswith("evaluate.py: error: ") and error.count("\n") == 1
     assert words in error
+    assert Path("photo.png").read_bytes() == b"photo"
+    assert load_checkpoint("small_best.pth")["name"] == "small"
 
 
 def test_weights_of_other_classes_are_refused(evaluated, tmp_path) -> None:

@@ -93,6 +93,17 @@ def test_wrong_usage_is_refused_before_anything_runs(train, capsys, argv, messag
     assert message in f"{stopped.value}{capsys.readouterr().err}" and not train.commands
 
 
+def test_a_table_that_cannot_be_written_is_refused_before_anything_runs(
+    train: TrainStub, tmp_path: Path
+) -> None:
+    (tmp_path / "experiments.md").mkdir()
+    (tmp_path / "file").touch()
+    for folder, message in ((tmp_path, "it is a folder"), (tmp_path / "file", "is a file, not a folder")):
+        with pytest.raises((UsageError, RunError), match=message):
+            experiments.main(["--recipes", "fast", "--output-dir", str(folder)])
+    assert not train.commands
+
+
 @pytest.mark.parametrize("text", ["", "epoch\n", f"{HEADER}\n", f"{HEADER}\n1,0.1,3,1,3,x\n"])
 def test_a_damaged_history_is_reported_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "h.csv").write_text(text)

@@ -152,13 +152,25 @@ def test_random_images_where_there_is_no_data(tmp_path, weights, capsys) -> None
         pytest.param(["--int8"], RunError, "needs training images", marks=needs_onnx),
         (["--int8", "--format", "torchscript"], UsageError, "--int8 goes with --format onnx only"),
         (["--int8", "--format", "torch-export"], UsageError, "--int8 goes with --format onnx only"),
-        (["--format", "torchscript", "--output", "none/x.pt"], UsageError, "none does not exist"),
+        (["--format", "torchscript", "--output", "none/x.pt"], UsageError, "there is no folder none"),
+        (["--format", "torchscript", "--output", "."], UsageError, "it is a folder"),
+        (["--format", "torchscript", "--output", export.__file__], UsageError, "not a .onnx or .torchscript"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_first(tmp_path, weights, argv, error, message) -> None:
+def test_what_cannot_be_exported_is_refused_first(tmp_path, weights, monkeypatch, argv, error, message):
+    monkeypatch.setattr(export, "to_torchscript", None)
     with pytest.raises(error, match=message):
         run(weights, tmp_path, *argv)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.onnx"])
+def test_the_weights_are_never_replaced(tmp_path: Path, weights: Path, name: str) -> None:
+    copy = tmp_path / name
+    copy.write_bytes(weights.read_bytes())
+    with pytest.raises(UsageError, match=f"{name} is an input of this command"):
+        run(copy, tmp_path, "--format", "torchscript", "--output", copy)
+    assert copy.read_bytes() == weights.read_bytes()
 
 
 def test_without_the_optional_packages_one_line_says_what_to_install(tmp_path, weights, monkeypatch, capsys):

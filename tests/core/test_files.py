@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import RunError
-from core.files import atomic_write, atomic_write_text, remove_temporary_files, run_lock
+from core.errors import RunError, UsageError
+from core.files import atomic_write, atomic_write_text, check_output, remove_temporary_files, run_lock
 from helpers import python
 
 POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="POSIX modes, names and signals")
@@ -40,6 +40,55 @@ def test_an_error_within_the_block_keeps_the_old_content(tmp_path: Path, error: 
         raise error
     assert path.read_bytes() == b"old"
     assert entries(tmp_path) == ["state.pth"]
+
+
+@pytest.fixture
+def folder_of_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: files to keep, a folder, links."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("weights.json", "other.json", "OLD.JSON", "photo.png", "readme"):
+        Path(name).write_text(name)
+    Path("empty").touch()
+    Path("folder").mkdir()
+    for link, target in (("link.json", "weights.json"), ("to_empty", "empty"), ("broken", "nowhere")):
+        Path(link).symlink_to(target)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["new", "folder/new.png", "other.json", "OLD.JSON", "empty", "broken"])
+def test_an_output_may_be_new_or_replace_its_own_kind(folder_of_outputs: Path, name: str) -> None:
+    before = entries(folder_of_outputs)
+    check_output(Path(name), [".json"], [Path("weights.json")])
+    assert entries(folder_of_outputs) == before and entries(folder_of_outputs / "folder") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder", "cannot write folder: it is a folder"),
+        ("none/x.json", "there is no folder none"),
+        ("readme/x.json", "there is no folder readme"),
+        ("weights.json", "weights.json is an input of this command"),
+        ("link.json", "link.json is an input of this command"),
+        ("photo.png", "photo.png exists and is not a .json or .txt file"),
+        ("readme", "readme exists and is not a"),
+        ("to_empty", "to_empty exists and is not a"),
+        (os.devnull, "exists and is not a"),
+        ("n" * 300, "cannot write nnn"),
+    ],
+)
+def test_other_outputs_are_refused(folder_of_outputs: Path, name: str, message: str) -> None:
+    with pytest.raises((UsageError, RunError), match=message) as refused:
+        check_output(Path(name), [".json", ".txt"], [Path("weights.json")])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_that_is_read_only_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("this user writes anywhere")
+    with pytest.raises(RunError, match=r"cannot write .*x\.json: Permission denied"):
+        check_output(tmp_path / "x.json", [".json"])
 
 
 @POSIX_ONLY
