@@ -93,9 +93,7 @@ def test_wrong_usage_is_refused_before_anything_runs(train, capsys, argv, messag
     assert message in f"{stopped.value}{capsys.readouterr().err}" and not train.commands
 
 
-def test_a_table_that_cannot_be_written_is_refused_before_anything_runs(
-    train: TrainStub, tmp_path: Path
-) -> None:
+def test_a_table_that_cannot_be_written_is_refused_before_anything_runs(train, tmp_path) -> None:
     (tmp_path / "experiments.md").mkdir()
     (tmp_path / "file").touch()
     for folder, message in ((tmp_path, "it is a folder"), (tmp_path / "file", "is a file, not a folder")):

@@ -18,13 +18,8 @@ def small_net(device: str = "cpu", *, norm: bool = True) -> nn.Module:
     """A stand-in for a ResNet: convolution, BatchNorm if `norm`, linear; its weights are always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [
-            nn.Conv2d(3, 8, 3, stride=4),
-            nn.BatchNorm2d(8) if norm else nn.Identity(),
-            nn.ReLU(),
-            nn.Flatten(),
-        ]
-        model = nn.Sequential(*layers, nn.Linear(8 * 8 * 8, CLASSES))
+        layers = [nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8) if norm else nn.Identity()]
+        model = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, CLASSES))
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -51,6 +46,12 @@ def make_step(model: nn.Module, recipe: Recipe | None = None, **options: object)
     optimizer = recipe.build_optimizer(model)
     scheduler = recipe.build_scheduler(optimizer, 1)
     return TrainStep(model, recipe.build_criterion(), optimizer, scheduler, **options)
+
+
+def same_weights(one: nn.Module | dict, two: nn.Module | dict) -> bool:
+    """Whether two networks, or their state dicts, hold the same values bit for bit."""
+    one, two = (state if isinstance(state, dict) else state.state_dict() for state in (one, two))
+    return list(one) == list(two) and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 class ListLoader(list):

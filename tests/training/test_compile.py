@@ -15,7 +15,7 @@ from torch import nn
 from core.cli import LOG
 from core.errors import RunError
 from helpers import REPOSITORY
-from helpers.small_net import batches_of, make_step, small_net, train
+from helpers.small_net import batches_of, make_step, same_weights, small_net, train
 from training import engine
 from training.techniques import Techniques
 
@@ -57,30 +57,18 @@ def test_compiled_and_eager_training_agree_and_a_short_batch_compiles_nothing(mo
     torch._dynamo.reset()
 
 
-class FailsInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, logits: torch.Tensor) -> torch.Tensor:
-        return logits.clone()
-
-    @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no compiler for backward\nsecond line")
-
-
-def fails_in_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(images: torch.Tensor) -> torch.Tensor:
-        model(images)  # what it had done by then: BatchNorm's statistics have moved
-        raise RuntimeError("no compiler\nsecond line")
-
-    return run
-
-
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_failed_compilation_is_one_warning_and_the_same_training(monkeypatch, warnings_logged, where) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no compiler\nsecond line")
+
     def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-        if where == "forward":
-            return fails_in_forward(model)
-        return lambda images: FailsInBackward.apply(model(images))
+        def run(images: torch.Tensor) -> torch.Tensor:
+            logits = model(images)  # what it had done by then: BatchNorm's statistics have moved
+            fail() if where == "forward" else logits.register_hook(fail)
+            return logits
+
+        return run
 
     monkeypatch.setattr(engine, "compiled", compiled)
     batches = batches_of(8, 8, 8)
@@ -89,8 +77,7 @@ def test_failed_compilation_is_one_warning_and_the_same_training(monkeypatch, wa
     assert train(make_step(fallen_back, compile_batch_size=8), batches) == metrics
     assert len(warnings_logged) == 1
     assert "training eagerly: no compiler" in warnings_logged[0] and "\n" not in warnings_logged[0]
-    for name, value in eager.state_dict().items():
-        assert torch.equal(fallen_back.state_dict()[name], value), name
+    assert same_weights(fallen_back, eager)
 
 
 def test_only_full_batches_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +114,7 @@ def test_resumed_at_the_ragged_batch_it_ends_in_the_same_bytes(monkeypatch: pyte
     again.optimizer.load_state_dict(step.optimizer.state_dict())
     again.scheduler.load_state_dict(step.scheduler.state_dict())
     train(again, batches[1:])
-    for name, value in unbroken.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
+    assert same_weights(resumed, unbroken)
 
 
 def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,9 +138,7 @@ def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: py
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nsecond line"),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"
-        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you"),
         RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory."),
     ],
 )
@@ -176,14 +160,11 @@ def test_out_of_memory_is_one_line_and_no_failed_compilation(
 
 def test_the_trial_of_a_compilation_leaves_the_random_draws_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "compiled", lambda model, device: model)
-    weights = []
-    for compile_batch_size in (None, 8):
-        model = small_net().insert(2, nn.Dropout())
+    models = [small_net().insert(2, nn.Dropout()) for _ in range(2)]
+    for model, compile_batch_size in zip(models, (None, 8), strict=True):
         torch.manual_seed(0)
         train(make_step(model, compile_batch_size=compile_batch_size), batches_of(8, 8))
-        weights.append(model.state_dict())
-    for name, value in weights[0].items():
-        assert torch.equal(weights[1][name], value), name
+    assert same_weights(*models)
 
 
 BROKEN_COMPILER = """
@@ -198,12 +179,7 @@ print(train(make_step(small_net(), compile_batch_size=8), batches_of(8, 8)).imag
 def test_without_a_working_compiler_training_goes_on(tmp_path: Path) -> None:
     paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
     broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, "-c", BROKEN_COMPILER],
-        env=os.environ | broken,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command, env = [sys.executable, "-c", BROKEN_COMPILER], os.environ | broken
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "16\n"), done.stderr
     assert done.stderr.count("training eagerly") == 1 and "Traceback" not in done.stderr

@@ -10,17 +10,22 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from core.errors import RunError
 from helpers.loss_curve import STEPS, STORED, conditions, loss_curve
-from helpers.small_net import ListLoader, batches_of, make_step, plainly_normalized, small_net, train
-from model import build_model
+from helpers.small_net import (
+    ListLoader,
+    batches_of,
+    make_step,
+    plainly_normalized,
+    same_weights,
+    small_net,
+    train,
+)
 from training import engine
 from training.engine import RunningTotals, evaluate, train_one_epoch
 from training.recipe import Recipe
 from training.techniques import Techniques
-from utils import normalize
 
 # ---- training ----
 
@@ -51,27 +56,6 @@ def test_it_trains_as_a_plain_torch_loop_and_averages_over_images() -> None:
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_the_default_step_is_the_plain_one_bit_for_bit() -> None:
-    """On ResNet-20, against torch's own parts."""
-    torch.manual_seed(3)
-    model, plain = build_model("resnet20").train(), build_model("resnet20").train()
-    plain.load_state_dict(model.state_dict())
-    step = make_step(model, Recipe(milestones=(5,)))
-    optimizer = torch.optim.SGD(
-        plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
-    )
-    for images, labels in batches_of(8, 8, 8):
-        loss_sum, hits = step(images, labels)
-        logits = plain(normalize(images))
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        assert torch.equal(loss_sum, loss.detach() * len(labels))
-        assert hits == (logits.argmax(1) == labels).sum()
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in plain.state_dict().items())
-
-
 def test_an_epoch_in_two_parts_is_the_epoch_in_one() -> None:
     batches = batches_of(8, 8, 8, 5)
     whole_model, parted_model = small_net(), small_net()
@@ -82,11 +66,8 @@ def test_an_epoch_in_two_parts_is_the_epoch_in_one() -> None:
     later = RunningTotals(step.device)
     later.restore(totals.values.tolist())
     parted = train_one_epoch(step, ListLoader(batches[2:], start_batch=2), later, after_batch=done.append)
-    assert parted == whole
-    assert done == [1, 2, 3, 4]
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole_model.parameters(), parted_model.parameters(), strict=True)
-    )
+    assert parted == whole and done == [1, 2, 3, 4]
+    assert same_weights(parted_model, whole_model)
 
 
 def test_a_step_reads_nothing_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +87,7 @@ def test_totals_keep_more_digits_than_float32() -> None:
     for number in range(1, 1001):
         totals.add(torch.tensor(1e5 + 0.1), torch.tensor(1), 10, number)
     assert totals.metrics().loss == pytest.approx((1e5 + 0.1) / 10, rel=1e-6)
-    assert totals.metrics().accuracy_percent == 10
-    assert totals.metrics().images == 10_000
-    again = RunningTotals(torch.device("cpu"))
-    again.restore(totals.values.tolist())
-    assert torch.equal(again.values, totals.values)
+    assert (totals.metrics().accuracy_percent, totals.metrics().images) == (10, 10_000)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_state_can_be_saved() -> None:
@@ -154,8 +131,7 @@ def test_micro_batches_give_the_gradients_of_the_batch(accumulate: int, size: in
     """Without BatchNorm, which sees each one alone; ragged ones, fewer images than micro-batches."""
     results = []
     for techniques in (None, Techniques(accumulate=accumulate)):
-        model = small_net()
-        model[1] = nn.Identity()
+        model = small_net(norm=False)
         metrics = train(make_step(model, techniques=techniques), batches_of(size, size))
         results.append((metrics, torch.cat([value.flatten() for value in model.parameters()])))
     (whole, weights), (parts, weights_of_parts) = results
@@ -180,8 +156,7 @@ def test_evaluate_is_a_plain_loop_over_images_and_leaves_the_network_alone() -> 
     assert metrics.images == 16
     assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     assert metrics.accuracy_percent == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
-    assert not model.training
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert not model.training and same_weights(model, before)
 
 
 def test_a_test_batch_gives_the_same_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
