@@ -22,10 +22,12 @@ from helpers.small_net import (
     small_net,
     train,
 )
+from model import build_model
 from training import engine
 from training.engine import RunningTotals, evaluate, train_one_epoch
 from training.recipe import Recipe
 from training.techniques import Techniques
+from utils import normalize
 
 # ---- training ----
 
@@ -54,6 +56,27 @@ def test_it_trains_as_a_plain_torch_loop_and_averages_over_images() -> None:
     assert metrics.accuracy_percent == pytest.approx(100 * hits / 19)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_the_default_step_is_the_plain_one_bit_for_bit() -> None:
+    """On ResNet-20, against torch's own parts."""
+    torch.manual_seed(3)
+    model, plain = build_model("resnet20").train(), build_model("resnet20").train()
+    plain.load_state_dict(model.state_dict())
+    step = make_step(model, Recipe(milestones=(5,)))
+    optimizer = torch.optim.SGD(
+        plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
+    )
+    for images, labels in batches_of(8, 8, 8):
+        loss_sum, hits = step(images, labels)
+        logits = plain(normalize(images))
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert torch.equal(loss_sum, loss.detach() * len(labels))
+        assert hits == (logits.argmax(1) == labels).sum()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in plain.state_dict().items())
 
 
 def test_an_epoch_in_two_parts_is_the_epoch_in_one() -> None:
