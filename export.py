@@ -10,7 +10,6 @@ The exported network is compared with the original on test images and with sever
 differs by more than 1e-4, no file is written. With --int8 the change in accuracy is printed instead.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import io
@@ -45,8 +44,7 @@ LATENCY_BATCHES = (1, 128)
 WARM_UP_ROUNDS, MIN_ROUNDS, MAX_ROUNDS, MAX_TIMING_S = 3, 3, 50, 3.0
 EXTENSIONS = {"onnx": ".onnx", "torchscript": ".torchscript", "torch-export": ".pt2"}
 META = "meta.json"  # the entry of the file that describes it, as JSON
-# Opset 17 (2022) is read by onnxruntime from 1.12 on.
-ONNX_OPSET = 17
+ONNX_OPSET = 17  # of 2022: onnxruntime reads it from 1.12 on
 Network = Callable[[torch.Tensor], torch.Tensor]  # a batch in, logits or probabilities out
 
 
@@ -60,31 +58,17 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add_weights(parser, "folder of the runs, and for the file where --output is not given")
-    parser.add_argument("--format", choices=tuple(EXTENSIONS), default="onnx", help="(default: onnx)")
-    parser.add_argument(
-        "--with-preprocessing",
-        action="store_true",
-        help="include normalisation and softmax: uint8 RGB [N, 32, 32, 3] in, probabilities out",
-    )
-    parser.add_argument(
-        "--int8",
-        action="store_true",
-        help="8-bit weights and activations, calibrated on training images (onnx only)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="file to write, replaced if it exists (default: NAME, _preprocessing, _int8 and the format's "
-        f"extension, {', '.join(EXTENSIONS.values())}, in the output folder)",
-    )
-    parser.add_argument(
-        "--check-images",
-        type=whole_number(1, 10_000),
-        default=1000,
-        metavar="N",
-        help="test images to compare on (default: 1000)",
-    )
+    flag = parser.add_argument
+    flag("--format", choices=tuple(EXTENSIONS), default="onnx", help="(default: onnx)")
+    text = "include normalisation and softmax: uint8 RGB [N, 32, 32, 3] in, probabilities out"
+    flag("--with-preprocessing", action="store_true", help=text)
+    text = "8-bit weights and activations, calibrated on training images (onnx only)"
+    flag("--int8", action="store_true", help=text)
+    text = "file to write, replaced if it exists (default: NAME, _preprocessing, _int8 and the format's "
+    text += f"extension, {', '.join(EXTENSIONS.values())}, in the output folder)"
+    flag("--output", type=Path, metavar="FILE", help=text)
+    text = "test images to compare on (default: 1000)"
+    flag("--check-images", type=whole_number(1, 10_000), default=1000, metavar="N", help=text)
     add_data_dir(parser, download=False)
     return parser
 
@@ -93,12 +77,16 @@ def main(argv: list[str] | None = None) -> int:
     """Export, compare, time, and only then write."""
     args = build_parser().parse_args(argv)
     if args.format == "onnx":
-        require_packages("onnx", "onnxruntime")
+        missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise RunError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     elif args.int8:
         raise UsageError(f"--int8 goes with --format onnx only, not {args.format}")
     start_log(None)
     trained = load_model(args.weights or find_weights(args.output_dir))
-    target = args.output or args.output_dir / default_name(args, trained)
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", str(trained.state.get("name") or trained.recipe.model))
+    name += "_preprocessing" * args.with_preprocessing + "_int8" * args.int8 + EXTENSIONS[args.format]
+    target = args.output or args.output_dir / name
     check_output(target, EXTENSIONS.values(), [trained.path])
     data = find_data(trained, args.data_dir)
     if args.int8 and data is None:
@@ -113,7 +101,14 @@ def main(argv: list[str] | None = None) -> int:
         images = dataset.balanced_subset(data.train, min(CALIBRATION_IMAGES, len(data.train)), seed=0).images
         content = to_int8(content, to_input(images).numpy(), meta)
     exported = load_exported(content, args.format)
-    images, labels, what = images_to_check(data, args.check_images)
+    if data is None:
+        images = np.random.default_rng(0).integers(0, 256, (args.check_images, 32, 32, 3), dtype=np.uint8)
+        labels, what = None, "random images (CIFAR-100 is not in --data-dir)"
+    else:
+        images, labels = data.test.images[: args.check_images], data.test.labels[: args.check_images]
+        what = (
+            "test images of CIFAR-100" if data.name == "cifar100" else "synthetic test images (not CIFAR-100)"
+        )
     LOG.info(f"Comparing on {len(images):,} {what}:")
     inputs = to_input(images)
     compare(model, exported, inputs, labels, "int8" if args.int8 else args.format)
@@ -125,45 +120,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def require_packages(*names: str) -> None:
-    """Check that optional packages are installed, without importing them.
-
-    Raises:
-        RunError: naming those that are missing and how to install them.
-    """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RunError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def default_name(args: argparse.Namespace, trained: LoadedModel) -> str:
-    """The file's name: the run's, the options, the format's extension."""
-    run = re.sub(r"[^A-Za-z0-9._-]", "_", str(trained.state.get("name") or trained.recipe.model))
-    options = "_preprocessing" * args.with_preprocessing + "_int8" * args.int8
-    return run + options + EXTENSIONS[args.format]
-
-
 def find_data(trained: LoadedModel, data_dir: Path) -> dataset.ImageData | None:
     """The data that the network was trained on, if it is here or can be drawn; nothing is downloaded."""
     name = trained.recipe.dataset
-    if name == "cifar100" and not (
-        (data_dir / dataset.FOLDER).is_dir() or (data_dir / dataset.ARCHIVE).is_file()
-    ):
-        return None
-    data = dataset.load_dataset(name, data_dir)
-    if len(data.classes) != len(trained.classes):
-        raise RunError(f"{trained.path} has {len(trained.classes)} classes, the data {len(data.classes)}")
-    return data
-
-
-def images_to_check(data: dataset.ImageData | None, count: int) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """The first `count` test images, uint8 [N, 32, 32, 3], their labels int64 [N], and what they are; random
-    pixels without labels if there is no data."""
-    if data is None:
-        pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        return pixels, None, "random images (CIFAR-100 is not in --data-dir)"
-    what = "test images of CIFAR-100" if data.name == "cifar100" else "synthetic test images (not CIFAR-100)"
-    return data.test.images[:count], data.test.labels[:count], what
+    here = (data_dir / dataset.FOLDER / "train").is_file() or (data_dir / dataset.ARCHIVE).is_file()
+    return dataset.load_dataset(name, data_dir) if here or name != "cifar100" else None
 
 
 def describe(trained: LoadedModel, with_preprocessing: bool) -> dict[str, Any]:
@@ -198,8 +159,7 @@ class WithPreprocessing(nn.Module):
         self.model = model
         # utils.normalize as one multiplication and one subtraction. The constants are buffers, so that each
         # format carries them; not an addition, since to_int8 makes those of the network 8-bit.
-        mean = torch.tensor(dataset.CIFAR100_MEAN, dtype=torch.float64)
-        std = torch.tensor(dataset.CIFAR100_STD, dtype=torch.float64)
+        mean, std = torch.tensor([dataset.CIFAR100_MEAN, dataset.CIFAR100_STD], dtype=torch.float64)
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (mean / std).float())
 
@@ -353,16 +313,14 @@ def compare(
     same = int((ours.argmax(1) == theirs.argmax(1)).sum())
     LOG.info(f"  largest difference {difference:.2g}; the same top-1 class for {same:,} of {count:,}")
     if labels is not None:
-        correct = [int((outputs.argmax(1).numpy() == labels).sum()) for outputs in (ours, theirs)]
-        points = 100 * (correct[1] - correct[0]) / count
-        LOG.info(
-            f"  {correct[0]:,} correct in PyTorch, {correct[1]:,} in {format_name} ({points:+.2f} points)"
-        )
+        before, after = (int((outputs.argmax(1).numpy() == labels).sum()) for outputs in (ours, theirs))
+        points = 100 * (after - before) / count
+        LOG.info(f"  {before:,} correct in PyTorch, {after:,} in {format_name} ({points:+.2f} points)")
     if format_name != "int8" and not difference <= MAX_DIFFERENCE:
-        raise RunError(
-            f"the exported network differs from PyTorch's by {difference:.2g}, more than "
-            f"{MAX_DIFFERENCE:g}: no file was written"
+        what = (
+            f"the exported network differs from PyTorch's by {difference:.2g}, more than {MAX_DIFFERENCE:g}"
         )
+        raise RunError(f"{what}: no file was written")
 
 
 def log_latency(model: nn.Module, exported: Network, inputs: torch.Tensor, format_name: str) -> None:
@@ -381,9 +339,9 @@ def medians_ms(networks: list[Network], batch: torch.Tensor) -> list[float]:
     all of them."""
     for network in networks * WARM_UP_ROUNDS:
         network(batch)
-    times: list[list[float]] = []
-    began = time.perf_counter()
-    while len(times) < MIN_ROUNDS or (len(times) < MAX_ROUNDS and time.perf_counter() - began < MAX_TIMING_S):
+    times: list[list[float]] = []  # a list for each round
+    deadline = time.perf_counter() + MAX_TIMING_S
+    while len(times) < MIN_ROUNDS or (len(times) < MAX_ROUNDS and time.perf_counter() < deadline):
         times.append([])
         for network in networks:
             start = time.perf_counter()
