@@ -78,16 +78,14 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     flag = parser.add_argument
-    inputs = (
-        "an image file; a folder, with all below it; a quoted pattern ('photos/**/*.jpg'); - for paths on "
-    )
-    flag("inputs", nargs="+", metavar="INPUT", help=f"{inputs}standard input, one per line")
+    text = "an image file; a folder, with all below it; a quoted pattern ('photos/**/*.jpg'); - for paths on "
+    flag("inputs", nargs="+", metavar="INPUT", help=f"{text}standard input, one per line")
     add_weights(parser, "folder of the runs, where --weights is not given")
     flag("--topk", type=whole_number(1), default=5, metavar="K", help="classes per image (default: 5)")
     flag("--json", action="store_true", help="print one JSON object per line and image instead of the table")
     flag("--save", type=Path, metavar="DIR", help="also draw each image with its bars, as PNG in DIR")
-    batch, text = whole_number(1, 100_000), "images per batch (default: 128)"
-    flag("--batch-size", type=batch, default=128, metavar="N", help=text)
+    text = "images per batch (default: 128)"
+    flag("--batch-size", type=whole_number(1, 100_000), default=128, metavar="N", help=text)
     add_processor(parser)
     return parser
 
@@ -111,9 +109,9 @@ def main(argv: list[str] | None = None) -> int:
         LOG.info(f"{trained.recipe.model} from {path}, trained on {trained.recipe.data_note}")
 
     number, failed = 0, 0
-    # only reading standard input could tell how many images it names
-    total = None if "-" in args.inputs else sum(1 for _ in find_images(args.inputs))
-    with warnings.catch_warnings(), progress_bar(total=total, unit="image") as bar:
+    with warnings.catch_warnings(), progress_bar(unit="image") as bar:
+        if not bar.disable and "-" not in args.inputs:  # standard input can be read only once
+            bar.reset(total=sum(1 for _ in find_images(args.inputs)))
         warnings.simplefilter("ignore")  # Pillow warns of odd tags, matplotlib of letters that its font lacks
         results = predict(
             trained,
@@ -293,10 +291,9 @@ def predict(
         while batch := list(itertools.islice(found, batch_size)):
             batch = list(readers.map(lambda x: x if x.error else read_image(x.path, preview_px), batch))
             if images := [result for result in batch if result.error is None]:
-                labels, probabilities = classify(
-                    trained, np.stack([result.pixels for result in images]), topk, precision
-                )
-                for result, *row in zip(images, labels.tolist(), probabilities.tolist(), strict=True):
+                pixels = np.stack([result.pixels for result in images])
+                labels, probabilities = classify(trained, pixels, topk, precision)
+                for result, *top in zip(images, labels.tolist(), probabilities.tolist(), strict=True):
                     result.predictions = [
                         {
                             "class": trained.classes[label],
@@ -304,7 +301,7 @@ def predict(
                             "label": label,
                             "probability": probability,
                         }
-                        for label, probability in zip(*row, strict=True)
+                        for label, probability in zip(*top, strict=True)
                     ]
             yield from batch
 

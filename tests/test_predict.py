@@ -63,21 +63,23 @@ def run(weights: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 # --- finding --------------------------------------------------------------------------------------
 
 
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
 def test_folders_are_searched_to_the_bottom_in_order(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/z.webp", "sub/deep/y.png", ".git/x.png"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
+    touch(
+        tmp_path, "b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/z.webp", "sub/deep/y.png", ".git/x.png"
+    )
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
     found = [os.path.relpath(item.path, tmp_path) for item in find_images([str(tmp_path)])]
     assert found == ["a.JPG", "b.png", "sub/z.webp", "sub/deep/y.png"]
 
 
 def test_patterns_and_files_with_names_like_patterns(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png", "[a].png", "sub/c.png"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
+    touch(tmp_path, "a.png", "b.png", "[a].png", "sub/c.png")
 
     def names(pattern: str) -> list[str]:
         return [os.path.relpath(item.path, tmp_path) for item in find_images([f"{tmp_path}/{pattern}"])]
@@ -222,21 +224,17 @@ def test_json_gives_probabilities_of_the_logits(paths, run, trained, few_images)
         assert [row["superclass"] for row in rows] == [SUPERCLASSES[label % 20] for label in labels]
 
 
-def with_logits(trained: LoadedModel, value: float) -> LoadedModel:
-    """A network with these logits for every image."""
-    forward = {"forward": lambda self, x: torch.full((len(x), 100), value)}
-    model = type("Constant", (torch.nn.Linear,), forward)(1, 1)
-    return dataclasses.replace(trained, model=model, path=Path("x.pth"))
+def test_ties_come_in_the_order_of_labels_and_corrupt_weights_are_an_error(trained: LoadedModel) -> None:
+    def classify(logit: float) -> torch.Tensor:
+        """The labels from a network with this logit for every class."""
+        forward = {"forward": lambda self, x: torch.full((len(x), 100), logit)}
+        model = type("Constant", (torch.nn.Linear,), forward)(1, 1)
+        constant = dataclasses.replace(trained, model=model, path=Path("x.pth"))
+        return predict.classify(constant, np.zeros((1, 32, 32, 3), np.uint8), 5, "fp32")[0]
 
-
-def test_equal_probabilities_come_in_the_order_of_labels(trained: LoadedModel) -> None:
-    labels, _ = predict.classify(with_logits(trained, 0.0), np.zeros((1, 32, 32, 3), np.uint8), 5, "fp32")
-    assert labels.tolist() == [[0, 1, 2, 3, 4]]
-
-
-def test_corrupt_weights_are_an_error(trained: LoadedModel) -> None:
+    assert classify(0.0).tolist() == [[0, 1, 2, 3, 4]]
     with pytest.raises(RunError, match=r"x\.pth gives NaN"):
-        predict.classify(with_logits(trained, float("nan")), np.zeros((1, 32, 32, 3), np.uint8), 5, "fp32")
+        classify(float("nan"))
 
 
 # --- what comes out -------------------------------------------------------------------------------
@@ -254,9 +252,7 @@ def test_table_names_class_and_superclass_by_the_best_run(tmp_path, weights, pat
 
 
 def test_unreadable_files_are_reported_and_the_others_classified(tmp_path, run, paths) -> None:
-    broken, missing, empty, notes = (
-        tmp_path / name for name in ("broken.png", "missing.png", "empty", "notes")
-    )
+    broken, missing, empty, notes = (tmp_path / name for name in ("broken", "missing", "empty", "notes"))
     broken.write_bytes(paths[0].read_bytes()[:200])
     empty.mkdir()
     notes.write_text("no image")
