@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         path = printable(trained.path, 300)
         LOG.info(f"{trained.recipe.model} from {path}, trained on {trained.recipe.data_note}")
 
-    number, failed = 0, 0
+    number, failed, width = 0, 0, max(map(len, trained.classes))
     with warnings.catch_warnings(), progress_bar(unit="image") as bar:
         if not bar.disable and "-" not in args.inputs:  # standard input can be read only once
             bar.reset(total=sum(1 for _ in find_images(args.inputs)))
@@ -126,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
                 failed += 1
                 report(f"error: {printable(result.path, 300)}: {printable(result.error, 300)}")
             else:
-                LOG.info(as_json(result) if args.json else as_table(result, max(map(len, trained.classes))))
+                as_json = {"path": result.path, "predictions": result.predictions}
+                LOG.info(json.dumps(as_json) if args.json else as_table(result, width))
                 if args.save is not None:
                     save_drawing(result, trained, args.save, number)
             bar.update()
@@ -337,11 +338,6 @@ def as_table(result: Result, width: int) -> str:
         percent = 100 * row["probability"]
         lines.append(f"{rank:>4}  {percent:6.2f} %  {row['class']:<{width}}  {row['superclass']}")
     return "\n".join(lines)
-
-
-def as_json(result: Result) -> str:
-    """The result as one line of JSON: {"path": ..., "predictions": [...]}."""
-    return json.dumps({"path": result.path, "predictions": result.predictions})
 
 
 def save_drawing(result: Result, trained: LoadedModel, folder: Path, number: int) -> Path:
