@@ -9,7 +9,6 @@ The results go to standard output, image by image; errors and the progress bar g
 that cannot be read is reported, the others are classified all the same, and the exit code is 1.
 """
 
-import functools
 import glob
 import itertools
 import json
@@ -25,31 +24,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from core.cli import LOG, Parser, add_processor, add_weights, progress_bar, run_main, start_log, whole_number
 from core.errors import RunError, UsageError, printable
 from core.machine import autocast, choose_device, set_up_torch, usable_cores
 from inspection.evaluation_plots import prediction_figure
+from inspection.images import image_formats, read_image
 from inspection.style import write_png
 from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
 
-SIZE = 32  # pixels, side of the square that the network takes
 PREVIEW_PX = 384  # the longer side of an image drawn beside its bars
 # Threads that decode files; each may hold a whole image, up to a gigabyte for the largest ones allowed.
 MAX_READERS = 4
-# Pillow reads more, but some of those start other programs (EPS), and photographs come in none of them.
-# Formats that this build of Pillow lacks are left out.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI")
-FORMATS += ("TGA", "TIFF", "WEBP")
-# Pillow's limit against decompression bombs: a quarter of a gigabyte of RGB. Pillow itself only warns there,
-# and refuses twice as many. Here it holds for the decoded size: JPEG files are decoded at a reduced one.
-MAX_PIXELS = 89_478_485
-# A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size, which is several times faster, as long as its sides
-# stay this many times those of the result: the rest of the reduction is still antialiased.
-DRAFT_MARGIN = 4
 
 
 @dataclass(eq=False)
@@ -74,7 +62,11 @@ def build_parser() -> Parser:
         prog="predict.py",
         description="Classify images with a network that train.py trained.",
         epilog="Each image is turned upright, put over white where it is transparent, cropped to the largest "
-        "square at its centre and resized to 32x32 (antialiased); a 32x32 image is used as it is.",
+        "square at its centre and resized to 32x32 (antialiased); a 32x32 image is used as it is. White is "
+        "the largest level of the file's bits. 16-bit levels all below 16384 may be those of a camera with "
+        "12 or 14 bits: they are refused, unless a PNG file says so (sBIT). Signed, 32-bit and "
+        "floating-point levels are taken to lie between 0 and 255, or floating-point ones between 0 and 1, "
+        "and refused if they do not, or reach less than a quarter of that.",
         allow_abbrev=False,
     )
     flag = parser.add_argument
@@ -83,7 +75,8 @@ def build_parser() -> Parser:
     add_weights(parser, "folder of the runs, where --weights is not given")
     flag("--topk", type=whole_number(1), default=5, metavar="K", help="classes per image (default: 5)")
     flag("--json", action="store_true", help="print one JSON object per line and image instead of the table")
-    flag("--save", type=Path, metavar="DIR", help="also draw each image with its bars, as PNG in DIR")
+    text = "also draw each image with its bars, as PNG in DIR"
+    flag("--save", type=Path, metavar="DIR", help=text)
     text = "images per batch (default: 128)"
     flag("--batch-size", type=whole_number(1, 100_000), default=128, metavar="N", help=text)
     add_processor(parser)
@@ -188,7 +181,7 @@ def _file_or_folder(name: str) -> Iterator[Result]:
         # macOS leaves ._photo.jpg beside photo.jpg on foreign disks
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         for file in sorted(files):
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in _formats():
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in image_formats():
                 found = True
                 yield Result(os.path.join(here, file))
     for problem in problems:
@@ -197,81 +190,14 @@ def _file_or_folder(name: str) -> Iterator[Result]:
         yield Result(name, "no image files in this folder")
 
 
-@functools.cache
-def _formats() -> dict[str, str]:
-    """From extension (.jpg) to format, for those of FORMATS that this build of Pillow reads."""
-    extensions = Image.registered_extensions()
-    return {key: name for key, name in extensions.items() if name in FORMATS and name in Image.OPEN}
-
-
-def read_image(path: str, preview_px: int = 0) -> Result:
-    """The image file at `path`, upright, with transparent parts over white: the square at its centre as
-    `pixels`, and with `preview_px` the whole image as `preview`, at most that high and wide.
-
-    White, since browsers and viewers show it behind transparent parts. The largest square at the centre is
-    resized by Pillow's bicubic filter: it averages all pixels that fall into one of the result, so it
-    antialiases at every ratio (the box filter does so for whole ratios only, Lanczos draws halos), and it
-    enlarges smoothly too. A 32x32 image is unchanged. Of 16-bit grey levels the high byte is used, as Pillow
-    does with 16-bit colour; of an animation the first frame. Colour profiles are not applied.
-    """
-    if not os.path.isfile(path):  # reading a pipe or a device might never end
-        return Result(path, "not a regular file" if os.path.lexists(path) else "no such file")
-    try:
-        with Image.open(path, formats=tuple(dict.fromkeys(_formats().values()))) as image:
-            return Result(path, None, *_pixels_and_preview(image, preview_px))
-    except RunError as error:
-        reason = str(error)
-    except Image.UnidentifiedImageError:
-        reason = "not an image that can be read (JPEG, PNG, WebP, TIFF, BMP, GIF, ...)"
-    except Image.DecompressionBombError:
-        reason = f"more than {2 * MAX_PIXELS // 10**6} million pixels: refused"
-    except MemoryError:
-        reason = "too large for the available memory"
-    except Exception as error:  # Pillow's readers raise many types on a damaged file
-        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        reason = f"cannot be read: {reason}"
-    return Result(path, reason)
-
-
-def _pixels_and_preview(image: Image.Image, preview_px: int) -> tuple[np.ndarray, np.ndarray | None]:
-    side = max(DRAFT_MARGIN * SIZE, preview_px)
-    image.draft(None, (side, side))  # has an effect on JPEG alone
-    if image.width * image.height > MAX_PIXELS:
-        raise RunError(f"more than {MAX_PIXELS // 10**6} million pixels: refused")
-    ImageOps.exif_transpose(image, in_place=True)
-    upright = _to_rgb(image)
-    width, height = upright.size
-    left, top = max(width - height, 0) / 2, max(height - width, 0) / 2
-    box = (left, top, width - left, height - top)
-    # reducing_gap: first by whole factors to 3 times the size, then the filter; faster, and looks the same
-    square = upright.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
-    if not preview_px:
-        return np.array(square), None
-    upright.thumbnail((preview_px, preview_px), Image.Resampling.BICUBIC)
-    return np.array(square), np.array(upright)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB, transparent parts over white.
-
-    Raises:
-        RunError: its levels are floating-point numbers in no range that images have.
-    """
-    if image.mode.startswith("I"):  # Pillow's modes I;16, I;16B, ..., and I for the same in older versions
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = Image.fromarray(levels.astype(np.uint8))
-    elif image.mode == "F":
-        levels = np.asarray(image)
-        if not (levels.min() >= 0 and levels.max() <= 255):  # nor with NaN
-            raise RunError("floating-point levels outside 0 to 1 and 0 to 255")
-        scale = 255 if levels.max() <= 1 else 1
-        image = Image.fromarray(np.rint(levels * scale).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    background = Image.new("RGB", layer.size, "white")
-    background.paste(layer, mask=layer.getchannel("A"))
-    return background
+def read(found: Result, preview_px: int) -> Result:
+    """`found` with the pixels of its file, and its preview if `preview_px` is not 0; or with the error."""
+    if found.error is None:
+        try:
+            found.pixels, found.preview = read_image(found.path, preview_px)
+        except RunError as error:
+            found.error = str(error)
+    return found
 
 
 def predict(
@@ -290,7 +216,7 @@ def predict(
     found = iter(found)
     with ThreadPoolExecutor(min(MAX_READERS, usable_cores())) as readers:
         while batch := list(itertools.islice(found, batch_size)):
-            batch = list(readers.map(lambda x: x if x.error else read_image(x.path, preview_px), batch))
+            batch = list(readers.map(read, batch, itertools.repeat(preview_px)))
             if images := [result for result in batch if result.error is None]:
                 pixels = np.stack([result.pixels for result in images])
                 labels, probabilities = classify(trained, pixels, topk, precision)
