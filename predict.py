@@ -30,7 +30,7 @@ from core.cli import LOG, Parser, add_processor, add_weights, progress_bar, run_
 from core.errors import RunError, UsageError, printable
 from core.machine import autocast, choose_device, set_up_torch, usable_cores
 from inspection.evaluation_plots import prediction_figure
-from inspection.images import image_formats, read_image
+from inspection.images import OTHER_EXTENSIONS, image_formats, read_image
 from inspection.style import write_png
 from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
@@ -141,9 +141,10 @@ def find_images(arguments: Iterable[str]) -> Iterator[Result]:
     """The files that the arguments mean, in order, each found only when it is asked for.
 
     An argument is a file of any name; a folder, for all files in it and below it that have the extension of
-    an image (hidden ones and links to folders left out), sorted by name; a pattern with *, ? or [...] (** for
-    folders of any depth), unless a file has that very name, for the files that match; or "-" for the files
-    and folders named on standard input, one per line. Where there is nothing, a Result with an error says so.
+    an image, also one that cannot be read (hidden ones and links to folders left out), sorted by name; a
+    pattern with *, ? or [...] (** for folders of any depth), unless a file has that very name, for the files
+    that match; or "-" for the files and folders named on standard input, one per line. Where there is
+    nothing, a Result with an error says so.
 
     Raises:
         RunError: standard input is closed or cannot be read.
@@ -153,7 +154,7 @@ def find_images(arguments: Iterable[str]) -> Iterator[Result]:
             for name in filter(None, _lines_of_stdin()):
                 yield from _file_or_folder(name)
         elif not os.path.lexists(argument) and glob.has_magic(argument):
-            names = sorted(filter(os.path.isfile, glob.iglob(argument, recursive=True)))
+            names = sorted(itertools.filterfalse(os.path.isdir, glob.iglob(argument, recursive=True)))
             yield from map(Result, names)
             if not names:
                 yield Result(argument, "no file matches this pattern")
@@ -177,11 +178,12 @@ def _file_or_folder(name: str) -> Iterator[Result]:
         yield Result(name)
         return
     found, problems = False, []
+    extensions = image_formats().keys() | OTHER_EXTENSIONS
     for here, folders, files in os.walk(name, onerror=problems.append):
         # macOS leaves ._photo.jpg beside photo.jpg on foreign disks
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         for file in sorted(files):
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in image_formats():
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in extensions:
                 found = True
                 yield Result(os.path.join(here, file))
     for problem in problems:

@@ -1,10 +1,13 @@
 """Image files as the network takes them: upright 8-bit RGB, whatever levels and transparency they have."""
 
+import contextlib
 import functools
 import os
+import stat
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
@@ -17,9 +20,13 @@ from core.errors import RunError
 
 SIZE = 32  # pixels, side of the square that the network takes
 # Pillow reads more, but some of those start other programs (EPS), and photographs come in none of them.
-# Formats that this build of Pillow lacks are left out.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI")
+# Formats that this build of Pillow lacks are left out; HEIF is read where pillow-heif is installed.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI")
 FORMATS += ("SGI", "TGA", "TIFF", "WEBP")
+# Other files that people call images: in a folder they are reported, not passed over.
+OTHER_EXTENSIONS = {".ai", ".arw", ".avif", ".cr2", ".cr3", ".dds", ".dng", ".emf", ".eps", ".exr", ".fits"}
+OTHER_EXTENSIONS |= {".hdr", ".heic", ".heif", ".hif", ".j2k", ".jp2", ".jxl", ".jxr", ".nef", ".orf", ".psd"}
+OTHER_EXTENSIONS |= {".qoi", ".raf", ".raw", ".rw2", ".svg", ".webp", ".wmf", ".xcf"}
 # Pillow's limit against decompression bombs: a quarter of a gigabyte of RGB. Pillow itself only warns there,
 # and refuses twice as many. Here it holds for the decoded size: JPEG files are decoded at a reduced one.
 MAX_PIXELS = 89_478_485
@@ -33,8 +40,17 @@ UNKNOWN_RANGE = "the file does not say which of its levels is white ({}): conver
 
 
 class _PngStream(PngImagePlugin.PngStream):
-    """Pillow's reader of PNG chunks; it keeps what Pillow loses: the number of significant bits, and a
-    transparent level or colour."""
+    """Pillow's reader of PNG chunks; it skips texts and colour profiles that Pillow refuses, for their length
+    say, and keeps what Pillow loses: the number of significant bits, and a transparent level or colour."""
+
+    def call(self, cid: bytes, pos: int, length: int) -> bytes:
+        try:
+            return super().call(cid, pos, length)
+        except (ValueError, SyntaxError):
+            if cid not in (b"iCCP", b"iTXt", b"tEXt", b"zTXt"):
+                raise
+            self.fp.seek(pos)
+            return self.fp.read(length)
 
     def chunk_sBIT(self, pos: int, length: int) -> bytes:
         content = self.fp.read(length)
@@ -56,6 +72,10 @@ PngImagePlugin.PngStream = _PngStream  # Pillow has no other way to exchange it
 @functools.cache
 def image_formats() -> dict[str, str]:
     """From extension (.jpg) to format, for those of FORMATS that can be read here."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     extensions = Image.registered_extensions()
     return {key: name for key, name in extensions.items() if name in FORMATS and name in Image.OPEN}
 
@@ -75,14 +95,22 @@ def read_image(path: str, preview_px: int = 0) -> tuple[np.ndarray, np.ndarray |
             the reason alone, without the path.
     """
     try:
-        if not os.path.isfile(path):  # reading a pipe or a device might never end
-            raise RunError("not a regular file" if os.path.lexists(path) else "no such file")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device might never end
+            raise RunError("not a regular file")
         with _open(path) as image:
             return _square_and_preview(image, preview_px)
     except RunError:
         raise
+    except FileNotFoundError:
+        reason = "a link to a file that does not exist" if os.path.islink(path) else "no such file"
+    except PermissionError:
+        reason = "permission denied"
     except Image.UnidentifiedImageError:
         reason = "not an image, or of a kind that is not read: convert it to JPEG or to PNG of 8 bits"
+        extension = os.path.splitext(path)[1].lower()
+        if extension in OTHER_EXTENSIONS - image_formats().keys():
+            reason = f"{extension[1:].upper()} is not read: convert it to JPEG or PNG"
+            reason += ", or install pillow-heif" if extension in (".heic", ".heif", ".hif") else ""
     except Image.DecompressionBombError:
         reason = f"more than {2 * MAX_PIXELS // 10**6} million pixels: refused"
     except MemoryError:
@@ -94,8 +122,21 @@ def read_image(path: str, preview_px: int = 0) -> tuple[np.ndarray, np.ndarray |
 
 
 def _open(path: str) -> Image.Image:
-    """The image, not decoded yet."""
-    return Image.open(path, formats=tuple(dict.fromkeys(image_formats().values())))
+    """The image, not decoded yet; of an animation its first frame."""
+    try:
+        image = Image.open(path, formats=tuple(dict.fromkeys(image_formats().values())))
+    except Image.DecompressionBombError:
+        # a JPEG file can be decoded at a reduced size, unless it is progressive: that takes all in memory
+        with contextlib.suppress(SyntaxError):
+            image = JpegImageFile(path)
+            if not image.info.get("progressive"):
+                return image
+            image.close()
+        raise
+    if getattr(image, "default_image", False):  # an animated PNG: an image for viewers that do not animate
+        image.seek(1)
+        image.blend_op = PngImagePlugin.Blend.OP_SOURCE  # nothing is below the first frame
+    return image
 
 
 def _square_and_preview(image: Image.Image, preview_px: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -105,7 +146,8 @@ def _square_and_preview(image: Image.Image, preview_px: int) -> tuple[np.ndarray
         raise RunError(f"more than {MAX_PIXELS // 10**6} million pixels: refused")
     upright = _to_rgb(image)
     upright.info.clear()
-    upright.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    with contextlib.suppress(Exception):  # damaged Exif data: shown as stored, as viewers do
+        upright.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     ImageOps.exif_transpose(upright, in_place=True)
     width, height = upright.size
     left, top = max(width - height, 0) / 2, max(height - width, 0) / 2
@@ -144,6 +186,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
             exact = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
         result.paste("white", mask=Image.fromarray((exact == colour).all(axis=2)))
+    if getattr(image, "default_image", False):
+        box = image.info["bbox"]  # the frame may be smaller than the image
+        frame = result.crop(box)
+        result.paste("white", (0, 0, *result.size))
+        result.paste(frame, box)
     return result
 
 

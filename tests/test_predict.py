@@ -74,19 +74,24 @@ def test_folders_are_searched_to_the_bottom_in_order(tmp_path: Path) -> None:
     touch(
         tmp_path, "b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/z.webp", "sub/deep/y.png", ".git/x.png"
     )
+    touch(tmp_path, "c.heic", "sub/raw.NEF")  # called images, though they are not read
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    (tmp_path / "sub" / "gone.png").symlink_to("nowhere")
     found = [os.path.relpath(item.path, tmp_path) for item in find_images([str(tmp_path)])]
-    assert found == ["a.JPG", "b.png", "sub/z.webp", "sub/deep/y.png"]
+    expected = ["a.JPG", "b.png", "c.heic", "sub/gone.png", "sub/raw.NEF", "sub/z.webp", "sub/deep/y.png"]
+    assert found == expected
 
 
 def test_patterns_and_files_with_names_like_patterns(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.png", "[a].png", "sub/c.png")
+    (tmp_path / "link.jpg").symlink_to("nowhere")
 
     def names(pattern: str) -> list[str]:
         return [os.path.relpath(item.path, tmp_path) for item in find_images([f"{tmp_path}/{pattern}"])]
 
     assert names("[ab].png") == ["a.png", "b.png"]
     assert names("[a].png") == ["[a].png"]
+    assert names("*.jpg") == ["link.jpg"]
     assert names("**/*.png") == ["[a].png", "a.png", "b.png", "sub/c.png"]
     errors = [item.error for item in find_images(["x\0y.png", f"{tmp_path}/q*"])]
     assert errors == [None, "no file matches this pattern"]
@@ -153,14 +158,16 @@ def test_unreadable_files_are_reported_and_the_others_classified(tmp_path, run, 
     broken, missing, empty, notes = (tmp_path / name for name in ("broken", "missing", "empty", "notes"))
     broken.write_bytes(paths[0].read_bytes()[:200])
     empty.mkdir()
+    phone = tmp_path / "phone" / "x.jxl"
+    touch(phone.parent, phone.name)
     notes.write_text("no image")
     pattern = f"{tmp_path}/*.jpg"
-    code, out, err = run(paths[0], broken, missing, empty, notes, pattern, paths[1], "--json")
+    code, out, err = run(paths[0], broken, missing, empty, notes, phone.parent, pattern, paths[1], "--json")
     assert code == 1 and [json.loads(line)["path"] for line in out] == [str(path) for path in paths[:2]]
     *errors, last = err
-    assert "5 of 7" in last
-    reasons = ("truncated", "no such file", "no image files", "not an image", "no file matches")
-    files = (broken, missing, empty, notes, pattern)
+    assert "6 of 8" in last
+    reasons = ("truncated", "no such file", "no image files", "not an image", "convert it", "no file matches")
+    files = (broken, missing, empty, notes, phone, pattern)
     for line, path, reason in zip(errors, files, reasons, strict=True):
         assert str(path) in line and reason in line
 

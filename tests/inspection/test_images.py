@@ -81,6 +81,9 @@ def test_exif_rotation_is_undone(tmp_path: Path, few_images: np.ndarray) -> None
     assert preview.shape == (384, 256, 3)
     whole = np.asarray(upright.resize((256, 384)), dtype=int)
     assert np.abs(preview.astype(int) - whole).mean() < 4
+    for ending in ("png", "webp", "jpg"):
+        upright.save(tmp_path / f"x.{ending}", exif=b"Exif\0\0damaged")
+        assert np.abs(pixels_of(tmp_path / f"x.{ending}").astype(int) - few_images[0]).mean() < 9
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -161,10 +164,10 @@ def idat(levels: np.ndarray, bits: int) -> bytes:
     return zlib.compress(b"".join(rows))
 
 
-def png(levels: np.ndarray, colour_type: int, bits: int, *before: bytes) -> bytes:
-    """A PNG file of levels [H, W(, C)], with other chunks before those of the pixels."""
+def png(levels: np.ndarray, colour_type: int, bits: int, *before: bytes, after: bytes = b"") -> bytes:
+    """A PNG file of levels [H, W(, C)], with other chunks before and after those of the pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *levels.shape[1::-1], bits, colour_type, 0, 0, 0))
-    chunks = [header, *before, chunk(b"IDAT", idat(levels, bits)), chunk(b"IEND", b"")]
+    chunks = [header, *before, chunk(b"IDAT", idat(levels, bits)), after, chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -304,6 +307,54 @@ def test_a_fourth_channel_of_zeros_is_padding_where_it_may_be(tmp_path: Path) ->
     assert (pixels_of(tmp_path / "x.png") == 255).all()
 
 
+# --- more that can be read ------------------------------------------------------------------------
+
+ZEROS = zlib.compress(bytes(3_000_000))
+
+
+@pytest.mark.parametrize(
+    "long",
+    [
+        chunk(b"zTXt", b"Comment\0\0" + ZEROS),
+        chunk(b"iTXt", b"Comment\0\1\0\0\0" + ZEROS),
+        chunk(b"iCCP", b"profile\0\0" + ZEROS),
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1_000_000))) * 70,
+    ],
+)
+def test_long_texts_and_profiles_of_a_png_are_skipped(tmp_path: Path, long: bytes) -> None:
+    check(tmp_path / "x.png", png(RGB, 2, 8, long), RGB)
+    if b"iCCP" not in long:
+        check(tmp_path / "x.png", png(RGB, 2, 8, after=long), RGB)
+
+
+def test_a_large_jpeg_is_read_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 400_000
+    )  # Pillow refuses twice as many when it opens a file
+    large = Image.fromarray(RGB).resize((1000, 1000))
+    large.save(tmp_path / "x.jpg", quality=95)
+    assert np.abs(pixels_of(tmp_path / "x.jpg").astype(int) - RGB).max() <= 8
+    large.save(tmp_path / "x.jpg", progressive=True)  # all of it would have to be in memory
+    assert "million pixels" in reason(tmp_path / "x.jpg")
+    large.save(tmp_path / "x.png")
+    assert "million pixels" in reason(tmp_path / "x.png")
+
+
+def test_of_an_animated_png_the_first_frame_is_read(tmp_path: Path) -> None:
+    red, blue, green = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "lime"))
+    for mode in ("RGB", "RGBA", "P"):
+        frames = [image.convert(mode) for image in (red, blue, green)]
+        for separate, expected in ((False, (255, 0, 0)), (True, (0, 0, 255))):
+            options = {"save_all": True, "append_images": frames[1:], "default_image": separate, "blend": 1}
+            frames[0].save(tmp_path / "x.png", **options)
+            assert (pixels_of(tmp_path / "x.png") == expected).all()
+    # a frame of half the height: nothing is above it
+    box = struct.pack(">5IHHBB", 0, 32, 16, 0, 16, 1, 10, 0, 1)
+    after = chunk(b"fcTL", box) + chunk(b"fdAT", struct.pack(">I", 1) + idat(RGB[16:], 8))
+    content = png(np.zeros_like(RGB), 2, 8, chunk(b"acTL", struct.pack(">II", 1, 0)), after=after)
+    check(tmp_path / "x.png", content, np.where(ROWS[..., None] < 16, 255, RGB))
+
+
 # --- refused --------------------------------------------------------------------------------------
 
 
@@ -315,6 +366,29 @@ def test_decompression_bombs_and_odd_files_are_refused(tmp_path, monkeypatch) ->
         assert "million pixels" in reason(path)
     os.mkfifo(tmp_path / "pipe.png")
     assert reason(tmp_path / "pipe.png") == "not a regular file"
-    for name, expected in (("x", "not an image"), ("x.eps", "not an image")):
+    for name, expected in (("x", "not an image"), ("x.eps", "EPS is not read: convert it to JPEG or PNG")):
         (tmp_path / name).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
         assert expected in reason(tmp_path / name)  # Pillow alone would start Ghostscript
+
+
+def test_a_heic_file_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "image_formats", lambda: {".png": "PNG"})  # pillow-heif may be installed
+    (tmp_path / "x.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    expected = "HEIC is not read: convert it to JPEG or PNG, or install pillow-heif"
+    assert reason(tmp_path / "x.HEIC") == expected
+    Image.fromarray(RGB).save(tmp_path / "y.heic", "PNG")  # the content counts
+    np.testing.assert_array_equal(pixels_of(tmp_path / "y.heic"), RGB)
+
+
+def test_what_keeps_a_file_from_being_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to("gone.png")
+    assert reason(tmp_path / "link") == "a link to a file that does not exist"
+    assert reason(tmp_path / "gone.png") == "no such file"
+    assert "null byte" in reason(Path("x\0y.png"))
+
+    def denied(path: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", denied)  # a real one would not stop root
+        assert reason(tmp_path / "x") == "permission denied"
