@@ -15,8 +15,9 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def build_parser() -> Parser:
     add_weights(parser, "folder of the runs, where --weights is not given")
     flag("--topk", type=whole_number(1), default=5, metavar="K", help="classes per image (default: 5)")
     flag("--json", action="store_true", help="print one JSON object per line and image instead of the table")
-    text = "also draw each image with its bars, as PNG in DIR"
+    text = "also draw each image with its bars, as PNG in DIR; replaces earlier drawings, never an input"
     flag("--save", type=Path, metavar="DIR", help=text)
     text = "images per batch (default: 128)"
     flag("--batch-size", type=whole_number(1, 100_000), default=128, metavar="N", help=text)
@@ -84,24 +85,22 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Classify the images that the arguments name; 1 if any could not be read, else 0."""
+    """Classify the images that the arguments name; 1 if any could not be read or drawn, else 0."""
     args = build_parser().parse_args(argv)
     device = choose_device(args.device)
     trained = load_model(args.weights or find_weights(args.output_dir), device)
     if args.topk > len(trained.classes):
         raise UsageError(f"--topk {args.topk}: the network has {len(trained.classes)} classes")
     set_up_torch(trained.recipe.seed, device, deterministic=False)
+    protected = set()
     if args.save is not None:
-        try:
-            args.save.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot make the folder {args.save}: {error.strerror}") from None
+        protected = prepare_folder(args.save, [*args.inputs, str(trained.path)])
     start_log(None)
     if not args.json:
         path = printable(trained.path, 300)
         LOG.info(f"{trained.recipe.model} from {path}, trained on {trained.recipe.data_note}")
 
-    number, failed, width = 0, 0, max(map(len, trained.classes))
+    number, failed, not_drawn, width = 0, 0, 0, max(map(len, trained.classes))
     with warnings.catch_warnings(), progress_bar(unit="image") as bar:
         if not bar.disable and "-" not in args.inputs:  # standard input can be read only once
             bar.reset(total=sum(1 for _ in find_images(args.inputs)))
@@ -122,13 +121,19 @@ def main(argv: list[str] | None = None) -> int:
                 as_json = {"path": result.path, "predictions": result.predictions}
                 LOG.info(json.dumps(as_json) if args.json else as_table(result, width))
                 if args.save is not None:
-                    save_drawing(result, trained, args.save, number)
+                    try:
+                        save_drawing(result, trained, args.save, number, protected)
+                    except RunError as error:
+                        not_drawn += 1
+                        report(f"error: {printable(error, 600)}")
             bar.update()
     if not number:
         raise RunError("no image was named: the list on standard input is empty")
     if failed:
         report(f"{failed:,} of {number:,} inputs could not be read")
-    return 1 if failed else 0
+    if not_drawn:
+        report(f"{not_drawn:,} of {number - failed:,} drawings could not be written")
+    return 1 if failed or not_drawn else 0
 
 
 def report(message: str) -> None:
@@ -190,6 +195,36 @@ def _file_or_folder(name: str) -> Iterator[Result]:
         yield Result(problem.filename, problem.strerror or str(problem))
     if not found and not problems:
         yield Result(name, "no image files in this folder")
+
+
+def prepare_folder(folder: Path, arguments: Iterable[str]) -> set[tuple[int, int]]:
+    """Create the folder of the drawings and check that files can be written there.
+
+    Returns:
+        The files in it that the arguments mean and that no drawing may replace, by device and inode; all of
+        them where the inputs are listed on standard input, which can be read only once.
+
+    Raises:
+        RunError: it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        files = {_identity(path) for path in folder.iterdir()} - {None}
+    except OSError as error:
+        raise RunError(f"cannot make the folder {folder}, or write there: {error.strerror}") from None
+    if files and "-" not in arguments:
+        files.intersection_update(_identity(found.path) for found in find_images(arguments))
+    return files
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def read(found: Result, preview_px: int) -> Result:
@@ -268,15 +303,26 @@ def as_table(result: Result, width: int) -> str:
     return "\n".join(lines)
 
 
-def save_drawing(result: Result, trained: LoadedModel, folder: Path, number: int) -> Path:
+def save_drawing(
+    result: Result, trained: LoadedModel, folder: Path, number: int, protected: Container[tuple[int, int]]
+) -> Path:
     """Draw the image with its bars as NUMBER_NAME.png in `folder`: NAME is the file's, and NUMBER, counted
-    from 1 over all inputs, distinguishes files of one name in several folders."""
+    from 1 over all inputs, distinguishes files of one name in several folders.
+
+    Raises:
+        RunError: it cannot be written, or would replace one of the files `protected` (`prepare_folder`).
+    """
     name = Path(result.path).name
-    safe = re.sub(r"[^\w.-]", "_", os.path.splitext(name)[0])[:80]
+    safe = re.sub(r"[^\w.-]", "_", os.path.splitext(name)[0])
+    # in bytes, which file systems count: at most 255, some 143, with what is added here and while writing
+    safe = safe.encode()[:100].decode(errors="ignore")
+    path = folder / f"{number:05d}_{safe}.png"
+    if _identity(path) in protected:
+        raise RunError(f"{path} exists and is, or may be, an input: no drawing replaces it, see --save")
     names, values = zip(*((row["class"], row["probability"]) for row in result.predictions), strict=True)
     title = f"{printable(name, 60)} ({trained.recipe.model}, {trained.recipe.data_note})"
     figure = prediction_figure(result.preview, names, values, title)
-    return write_png(figure, folder / f"{number:05d}_{safe}.png")
+    return write_png(figure, path)
 
 
 if __name__ == "__main__":

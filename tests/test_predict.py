@@ -202,6 +202,50 @@ def test_save_draws_each_image_under_a_name_of_its_own(tmp_path, run, few_images
         assert drawing.width > 900
 
 
+def test_a_drawing_that_fails_is_reported_and_the_others_are_drawn(tmp_path, run, paths, monkeypatch) -> None:
+    def write_png(figure: object, path: Path) -> Path:
+        if path.name.startswith("00002"):
+            raise RunError(f"cannot write {path}: No space left on device")
+        return write_png_as_usual(figure, path)
+
+    write_png_as_usual = predict.write_png
+    monkeypatch.setattr(predict, "write_png", write_png)
+    code, out, err = run(*paths[:3], "--json", "--save", tmp_path / "out")
+    assert code == 1 and len(out) == 3
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["00001_00.png", "00003_02.png"]
+    assert "No space left" in err[0] and "1 of 3 drawings" in err[1] and len(err) == 2
+
+
+def test_names_are_cut_by_bytes(tmp_path, run, paths) -> None:
+    for letter in "a长":
+        paths[0].rename(long := tmp_path / (letter * (240 // len(letter.encode())) + ".png"))
+        assert run(long, "--save", tmp_path / "out")[0] == 0
+        [drawing] = (tmp_path / "out").iterdir()
+        assert drawing.name.startswith(f"00001_{letter * 30}") and len(os.fsencode(drawing.name)) < 120
+        drawing.unlink()
+        paths[0] = long
+
+
+def test_no_drawing_replaces_an_input(tmp_path, run, paths, monkeypatch) -> None:
+    out = tmp_path / "out"
+    assert run(paths[0], "--save", out)[0] == 0
+    first = (out / "00001_00.png").read_bytes()
+    assert run(paths[0], "--topk", 3, "--save", out)[0] == 0
+    second = (out / "00001_00.png").read_bytes()
+    assert first != second, "an earlier drawing is replaced"
+    (tmp_path / "link.png").symlink_to(out / "00001_00.png")
+    for other in (out, out / "00001_00.png", tmp_path / "link.png"):  # named after the drawing is due
+        code, lines, err = run(paths[0], other, "--batch-size", 1, "--json", "--save", out)
+        assert code == 1 and len(lines) == 2
+        assert (out / "00001_00.png").read_bytes() == second
+        assert "00001_00.png exists and is, or may be, an input" in err[0] and "1 of 2 drawings" in err[1]
+        (out / "00002_00001_00.png").unlink(missing_ok=True)
+        (out / "00002_link.png").unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(paths[0]))))
+    assert run("-", "--save", out)[0] == 1
+    assert (out / "00001_00.png").read_bytes() == second
+
+
 def test_wrong_usage_is_one_line(tmp_path: Path, run: Run) -> None:
     (tmp_path / "file").write_text("")
     for argv, code, message in (
