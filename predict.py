@@ -32,6 +32,7 @@ from core.errors import RunError, UsageError, printable
 from core.machine import autocast, choose_device, set_up_torch, usable_cores
 from inspection.evaluation_plots import prediction_figure
 from inspection.images import OTHER_EXTENSIONS, image_formats, read_image
+from inspection.inference import VIEWS, mean_probabilities, shifted
 from inspection.style import write_png
 from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
@@ -78,6 +79,9 @@ def build_parser() -> Parser:
     flag("--json", action="store_true", help="print one JSON object per line and image instead of the table")
     text = "also draw each image with its bars, as PNG in DIR; replaces earlier drawings, never an input"
     flag("--save", type=Path, metavar="DIR", help=text)
+    text = f"average the probabilities over {len(VIEWS)} views of each image, as evaluate.py --tta does: "
+    text += f"shifted by a pixel in four directions or not, mirrored or not ({len(VIEWS)} times the work)"
+    flag("--tta", action="store_true", help=text)
     text = "images per batch (default: 128)"
     flag("--batch-size", type=whole_number(1, 100_000), default=128, metavar="N", help=text)
     add_processor(parser)
@@ -110,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
             find_images(args.inputs),
             batch_size=args.batch_size,
             topk=args.topk,
+            tta=args.tta,
             precision=args.precision or trained.recipe.precision,
             preview_px=PREVIEW_PX if args.save is not None else 0,
         )
@@ -243,6 +248,7 @@ def predict(
     *,
     batch_size: int,
     topk: int = 5,
+    tta: bool = False,
     precision: str = "fp32",
     preview_px: int = 0,
 ) -> Iterator[Result]:
@@ -256,7 +262,7 @@ def predict(
             batch = list(readers.map(read, batch, itertools.repeat(preview_px)))
             if images := [result for result in batch if result.error is None]:
                 pixels = np.stack([result.pixels for result in images])
-                labels, probabilities = classify(trained, pixels, topk, precision)
+                labels, probabilities = classify(trained, pixels, topk, precision, tta)
                 for result, *top in zip(images, labels.tolist(), probabilities.tolist(), strict=True):
                     result.predictions = [
                         {
@@ -272,25 +278,34 @@ def predict(
 
 @torch.inference_mode()
 def classify(
-    trained: LoadedModel, images: np.ndarray, topk: int, precision: str
+    trained: LoadedModel, images: np.ndarray, topk: int, precision: str, tta: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `topk` most likely labels, int64 [N, K], of `images` (uint8 [N, 32, 32, 3]) and their
     probabilities, float32 [N, K], descending; equal ones in the order of their labels.
 
     Computed as in testing: with batches of the same size the logits equal those of testing bit for bit. With
     others, some processors add in another order, which changes the last bits of float32 (more with bf16).
+    With `tta`, the probabilities are averaged over views of each image, as those of `evaluate.py --tta` are.
 
     Raises:
         RunError: a logit is NaN or infinite: the weights are corrupt.
     """
     device = next(trained.model.parameters()).device
     batch = normalize(torch.from_numpy(images).to(device))
-    with autocast(device, precision):
-        logits = trained.model(batch).float().cpu()
-    if not logits.isfinite().all():
-        raise RunError(f"{trained.path} gives NaN or infinite logits: its weights are corrupt")
+
+    def logits_of(batch: torch.Tensor) -> torch.Tensor:
+        with autocast(device, precision):
+            logits = trained.model(batch).float().cpu()
+        if not logits.isfinite().all():
+            raise RunError(f"{trained.path} gives NaN or infinite logits: its weights are corrupt")
+        return logits
+
+    if tta:
+        mean = mean_probabilities(logits_of(shifted(batch, *view)) for view in VIEWS).float()
+    else:
+        mean = logits_of(batch).softmax(1)
     # on the CPU: the sort there is stable, and topk is not
-    probabilities, labels = logits.softmax(1).sort(dim=1, descending=True, stable=True)
+    probabilities, labels = mean.sort(dim=1, descending=True, stable=True)
     return labels[:, :topk], probabilities[:, :topk]
 
 

@@ -21,6 +21,7 @@ from core.cli import run_main
 from core.errors import RunError
 from helpers.tiny_checkpoint import CLASSES, SUPERCLASSES, save_tiny_checkpoint
 from inspection.images import read_image
+from inspection.inference import averaged_log_probabilities
 from predict import Result, find_images
 from training.checkpoint import LoadedModel, load_model
 from utils import make_test_batches
@@ -244,6 +245,21 @@ def test_no_drawing_replaces_an_input(tmp_path, run, paths, monkeypatch) -> None
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(paths[0]))))
     assert run("-", "--save", out)[0] == 1
     assert (out / "00001_00.png").read_bytes() == second
+
+
+def test_tta_is_that_of_evaluate(paths, run, trained, few_images) -> None:
+    [(batch, labels)] = make_test_batches(Split(few_images, np.zeros(20, np.int64)), 20, "cpu")
+    expected = averaged_log_probabilities(trained.model, [(batch, labels)]).exp()
+    found, probabilities = predict.classify(trained, few_images, 100, "fp32", tta=True)
+    torch.testing.assert_close(probabilities.double(), expected.gather(1, found), rtol=1e-6, atol=1e-7)
+    plain = predict.classify(trained, few_images, 100, "fp32")[1]
+    assert not torch.allclose(probabilities, plain, rtol=1e-3)
+    mirrored = predict.classify(trained, few_images[:, :, ::-1].copy(), 100, "fp32", tta=True)
+    torch.testing.assert_close(mirrored[1], probabilities, rtol=0, atol=1e-5)
+    code, out, _ = run(*paths, "--json", "--topk", 1, "--tta")
+    values = [json.loads(line)["predictions"][0]["probability"] for line in out]
+    assert code == 0
+    np.testing.assert_allclose(values, probabilities[:, 0], rtol=1e-5)
 
 
 def test_wrong_usage_is_one_line(tmp_path: Path, run: Run) -> None:
