@@ -167,7 +167,9 @@ def find_images(arguments: Iterable[str]) -> Iterator[Result]:
             names = sorted(itertools.filterfalse(os.path.isdir, glob.iglob(argument, recursive=True)))
             yield from map(Result, names)
             if not names:
-                yield Result(argument, "no file matches this pattern")
+                start = os.path.dirname(re.split(r"[*?[]", argument, maxsplit=1)[0]) or "."
+                denied = os.path.isdir(start) and not os.access(start, os.R_OK | os.X_OK)
+                yield Result(argument, "permission denied" if denied else "no file matches this pattern")
         else:
             yield from _file_or_folder(argument)
 

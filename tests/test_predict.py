@@ -83,7 +83,7 @@ def test_folders_are_searched_to_the_bottom_in_order(tmp_path: Path) -> None:
     assert found == expected
 
 
-def test_patterns_and_files_with_names_like_patterns(tmp_path: Path) -> None:
+def test_patterns_and_files_with_names_like_patterns(tmp_path: Path, monkeypatch) -> None:
     touch(tmp_path, "a.png", "b.png", "[a].png", "sub/c.png")
     (tmp_path / "link.jpg").symlink_to("nowhere")
 
@@ -96,6 +96,8 @@ def test_patterns_and_files_with_names_like_patterns(tmp_path: Path) -> None:
     assert names("**/*.png") == ["[a].png", "a.png", "b.png", "sub/c.png"]
     errors = [item.error for item in find_images(["x\0y.png", f"{tmp_path}/q*"])]
     assert errors == [None, "no file matches this pattern"]
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))  # a real one lets root pass
+    assert [item.error for item in find_images([f"{tmp_path}/q*"])] == ["permission denied"]
 
 
 # --- the same answer as testing -------------------------------------------------------------------
