@@ -201,6 +201,7 @@ def test_a_tiff_is_read_by_its_tags(tmp_path: Path, order: str, deflate: bool) -
     check(path, tiff(1 - GREY.astype("f4") / 255, 32, order, deflate, photometric=0), GREY)
     if order == "<":  # the other order Pillow does not read
         check(path, tiff(scaled(12), 12, order, deflate), GREY)
+        check(path, tiff(scaled(12) // 16, 12, order, deflate), GREY // 16)  # dark, but its range is stated
         check(path, tiff(65535 - scaled(16), 16, order, deflate, photometric=0), GREY)
         check(path, tiff(GREY.astype("u4"), 32, order, deflate), GREY)
     # a transparent upper part, once as alpha and once as a sample that means nothing
@@ -348,11 +349,15 @@ def test_of_an_animated_png_the_first_frame_is_read(tmp_path: Path) -> None:
             options = {"save_all": True, "append_images": frames[1:], "default_image": separate, "blend": 1}
             frames[0].save(tmp_path / "x.png", **options)
             assert (pixels_of(tmp_path / "x.png") == expected).all()
-    # a frame of half the height: nothing is above it
+    # a frame of half the height, its left half transparent: nothing is above or below it
+    alpha = np.where(COLUMNS < 16, 0, 255).astype(np.uint8)
+    frame = np.dstack([RGB, alpha])[16:]
     box = struct.pack(">5IHHBB", 0, 32, 16, 0, 16, 1, 10, 0, 1)
-    after = chunk(b"fcTL", box) + chunk(b"fdAT", struct.pack(">I", 1) + idat(RGB[16:], 8))
-    content = png(np.zeros_like(RGB), 2, 8, chunk(b"acTL", struct.pack(">II", 1, 0)), after=after)
-    check(tmp_path / "x.png", content, np.where(ROWS[..., None] < 16, 255, RGB))
+    after = chunk(b"fcTL", box) + chunk(b"fdAT", struct.pack(">I", 1) + idat(frame, 8))
+    separate = np.dstack([np.zeros_like(RGB), np.full_like(GREY, 255)])
+    content = png(separate, 6, 8, chunk(b"acTL", struct.pack(">II", 1, 0)), after=after)
+    seen = (ROWS >= 16) & (COLUMNS >= 16)
+    check(tmp_path / "x.png", content, np.where(seen[..., None], RGB, 255))
 
 
 # --- refused --------------------------------------------------------------------------------------
