@@ -269,6 +269,7 @@ def test_a_transparent_colour_of_a_png_is_white_and_no_similar_one(tmp_path: Pat
     check(tmp_path / "x", png(levels, 2, 8, chunk(b"tRNS", bytes(6))), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Palette images")
 def test_alpha_of_palettes_and_of_16_bits(tmp_path: Path) -> None:
     palette = np.array([[0, 0, 0], [90, 90, 90], [200, 200, 200], [255, 0, 0]], np.uint8)
     index = (COLUMNS // 8).astype(np.uint8)
@@ -383,6 +384,16 @@ def test_a_heic_file_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pyt
     assert reason(tmp_path / "x.HEIC") == expected
     Image.fromarray(RGB).save(tmp_path / "y.heic", "PNG")  # the content counts
     np.testing.assert_array_equal(pixels_of(tmp_path / "y.heic"), RGB)
+
+
+def test_a_heic_file_is_read_with_pillow_heif(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    assert images.image_formats()[".heic"] == "HEIF"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    picture = Image.fromarray(RGB).transpose(Image.Transpose.ROTATE_90).resize((128, 128))
+    picture.save(tmp_path / "x.heic", quality=95, exif=exif.tobytes())
+    assert np.abs(pixels_of(tmp_path / "x.heic").astype(int) - RGB).mean() < 3
 
 
 def test_what_keeps_a_file_from_being_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
