@@ -202,7 +202,8 @@ def _correct_tiff(image: Image.Image) -> None:
         raise RunError(UNKNOWN_RANGE.format("signed ones of 8 bits"))
     if tags.get(PLANAR_CONFIGURATION) == 2 and bits == 16 and tile.codec_name == "raw":
         raise RunError("16-bit colours in separate planes are not read: convert it to 8 bits")
-    if image.mode == "YCbCr" and tile.codec_name == "raw" and tags.get(YCBCRSUBSAMPLING, (2, 2)) != (1, 1):
+    subsampled = image.mode != "L" and tags.get(YCBCRSUBSAMPLING, (2, 2)) != (1, 1)
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 6 and subsampled and tile.codec_name == "raw":
         raise RunError("uncompressed colours of reduced resolution are not read: convert it to RGB")
     if tile.codec_name == "libtiff":  # which gives levels in the processor's byte order (N), not the file's
         rawmode, *rest = tile.args

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -206,11 +207,18 @@ def test_a_tiff_is_read_by_its_tags(tmp_path: Path, order: str, deflate: bool) -
         check(path, tiff(GREY.astype("u4"), 32, order, deflate), GREY)
     # a transparent upper part, once as alpha and once as a sample that means nothing
     alpha = np.where(TOP, 0, 255).astype(np.uint8)
-    both = np.dstack([GREY, alpha])
-    check(path, tiff(both, 8, order, deflate, extra=2), np.where(TOP, 255, GREY))
-    check(path, tiff(both, 8, order, deflate, extra=0), GREY)
-    premultiplied = np.dstack([GREY * (alpha > 0), alpha])
-    check(path, tiff(premultiplied, 8, order, deflate, extra=1), np.where(TOP, 255, GREY))
+    for levels, photometric in ((RGB, 2), (GREY[..., None], 1)):
+        expected = np.where(TOP[..., None], 255, levels.repeat(3 // levels.shape[2], 2))
+        options = {"order": order, "deflate": deflate, "photometric": photometric}
+        check(path, tiff(np.dstack([levels, alpha]), 8, **options, extra=2), expected)
+        if photometric == 2 or PIL.__version__ >= "13":  # earlier ones refuse the others
+            premultiplied = np.dstack([levels * (alpha > 0)[..., None], alpha])
+            check(path, tiff(premultiplied, 8, **options, extra=1), expected)
+            check(
+                path,
+                tiff(np.dstack([levels, alpha]), 8, **options, extra=0),
+                levels.repeat(3 // levels.shape[2], 2),
+            )
 
 
 DARK = scaled(12)  # 321 to 3806: in 16 bits nearly black
