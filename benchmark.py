@@ -40,7 +40,7 @@ from core.machine import (
     choose_device,
     choose_workers,
     device_name,
-    native_bf16,
+    fastest_precision,
     precision_name,
     set_up_torch,
     usable_cores,
@@ -130,7 +130,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
     """
     device, batch_size, precision = choose_device(args.device), args.batch_size, args.precision
     if precision == "auto":
-        precision = "bf16" if native_bf16(device) else "fp32"
+        precision = fastest_precision(device)
     images = args.images or (EPOCH_IMAGES if device.type == "cuda" else 512 if args.quick else 1024)
     if not batch_size <= images <= EPOCH_IMAGES:
         raise UsageError(f"--images takes {batch_size} (the batch size) to {EPOCH_IMAGES}, not {images}")
@@ -287,7 +287,7 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> float:
 def describe_machine(setting: Setting) -> dict[str, Any]:
     """What the results were measured on, as plain types, and how fast its convolutions are."""
     device = torch.device(setting.device)
-    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[setting.precision]
     return {
         "device": device_name(device),
         "processor": processor_name(),

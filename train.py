@@ -46,7 +46,7 @@ from core.machine import (
     choose_workers,
     code_version,
     device_name,
-    native_bf16,
+    fastest_precision,
     precision_name,
     set_up_torch,
     versions,
@@ -246,7 +246,7 @@ def choose_recipe(given: dict[str, Any], saved: SavedRun | None, device: torch.d
     if saved is not None:
         check_resume_flags(given, saved.recipe)
         return replace(saved.recipe, precision=precision or saved.recipe.precision)
-    precision = precision or ("bf16" if native_bf16(device) else "fp32")
+    precision = precision or fastest_precision(device)
     recipe = recipe_from({**given, "precision": precision})
     if recipe.batch_size % distributed.world_size():
         raise UsageError(

@@ -26,7 +26,7 @@ MAX_ANSWER = 4096
 MAX_ATTEMPTS = 100
 # How long ranks other than 0 wait before they print an error.
 ERROR_DELAY_S = 2.0
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> T:
