@@ -23,7 +23,7 @@ from inspection.curves import history_figure
 from inspection.eda_plots import tile_figure
 from inspection.evaluation_plots import confusion_figure, per_class_bars_figure, reliability_figure
 from inspection.inference import VIEWS
-from inspection.metrics import ConfusedPair, Scores
+from inspection.metrics import ConfusedPair, PairedTest, Scores
 from inspection.style import png_bytes
 from model import count_parameters
 from training.checkpoint import LoadedModel
@@ -38,7 +38,8 @@ class Evaluation:
     """A network's predictions for N test images of K classes, and how they were made.
 
     `name` begins the names of the report's files; `split` holds the images, `logits` is float32 [N, K];
-    `averaged` holds the metrics averaged over VIEWS, or None.
+    `averaged_logits`, log-probabilities averaged over VIEWS, and `averaged`, their metrics, are None without
+    --tta. `against` is the evaluation of another network on the same images, or None.
     """
 
     name: str
@@ -51,7 +52,9 @@ class Evaluation:
     images_per_s: float
     logits: np.ndarray
     scores: Scores
+    averaged_logits: np.ndarray | None
     averaged: Scores | None
+    against: "Evaluation | None" = None
 
     @property
     def subject(self) -> str:
@@ -85,6 +88,26 @@ class Evaluation:
         return self.logits.argmax(axis=1)
 
     @cached_property
+    def correct(self) -> np.ndarray:
+        """bool [N]: whether the prediction is the label."""
+        return self.predictions == self.split.labels
+
+    @cached_property
+    def comparisons(self) -> list[tuple[str, Scores, Scores, PairedTest]]:
+        """(kind of prediction, own metrics, those of `against`, test): by a single view, and by VIEWS."""
+        a, b, labels = self, self.against, self.split.labels
+        if b is None:
+            return []
+        kinds = [("single view", a.scores, b.scores, a.logits, b.logits)]
+        if a.averaged:
+            averages = a.averaged_logits, b.averaged_logits
+            kinds.append((f"{len(VIEWS)} views", a.averaged, b.averaged, *averages))
+        return [
+            (kind, own, other, metrics.paired_test(x.argmax(axis=1) == labels, y.argmax(axis=1) == labels))
+            for kind, own, other, x, y in kinds
+        ]
+
+    @cached_property
     def matrix(self) -> np.ndarray:
         """int64 [K, K]: images by true and predicted class."""
         return metrics.confusion_matrix(self.split.labels, self.predictions, len(self.data.classes))
@@ -115,6 +138,36 @@ def score_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     ]
     names = ("Top-1 accuracy", "Top-5 accuracy", "Superclass accuracy", "Loss", "Calibration error")
     return list(zip(names, *columns, strict=True))
+
+
+def comparison_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """The cells of a row for each of `comparisons`, ready to print."""
+    return [
+        (
+            f"Top-1, {kind}",
+            f"{own.top1_percent:.2f} %",
+            f"{other.top1_percent:.2f} %",
+            f"{test.difference_percent:+.2f} ± {test.standard_error_percent:.2f}",
+            f"{test.gained:,}",
+            f"{test.lost:,}",
+            f"{test.p_value:.2g}",
+        )
+        for kind, own, other, test in evaluation.comparisons
+    ]
+
+
+def class_changes(evaluation: Evaluation) -> list[tuple[str, int, int, int]]:
+    """(class, images that this network alone classifies correctly, that the other alone does, difference).
+
+    Of all classes in which the networks differ, by a single view, the highest difference first.
+    """
+    names, labels, other = evaluation.data.classes, evaluation.split.labels, evaluation.against.correct
+    gained, lost = (
+        np.bincount(labels[mask], minlength=len(names)).tolist()
+        for mask in (evaluation.correct & ~other, other & ~evaluation.correct)
+    )
+    rows = [(name, g, b, g - b) for name, g, b in zip(names, gained, lost, strict=True) if g or b]
+    return sorted(rows, key=lambda row: -row[3])
 
 
 def confused_pairs(evaluation: Evaluation, count: int = PAIRS) -> list[tuple[str, str, ConfusedPair]]:
@@ -209,6 +262,8 @@ def render_page(evaluation: Evaluation, comparison: str, figures: dict[str, byte
         figures=embedded,
         views=len(VIEWS),
         score_rows=score_rows(evaluation),
+        comparison_rows=comparison_rows(evaluation),
+        class_changes=class_changes(evaluation) if evaluation.against else [],
         superclass_rows=_rows_by_f1(evaluation.data.superclasses, evaluation.superclass_matrix),
         class_rows=_class_rows(evaluation),
         pair_rows=[
@@ -256,6 +311,8 @@ def _setup_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Test", evaluation.setting_note),
         ("Throughput", f"{evaluation.images_per_s:,.0f} images/s, without loading"),
     ]
+    if other := evaluation.against:
+        rows.append(("Compared with", f"{other.trained.path.name} ({other.subject}), {other.setting_note}"))
     if evaluation.averaged:
         views = f"{len(VIEWS)}: shifted by a pixel in four directions or not, mirrored or not; equal weights"
         rows.append(("Views", views))

@@ -93,6 +93,35 @@ def test_other_weights_than_recorded_are_told(evaluated, without_report, tmp_pat
     assert "Warning: top-1 is" in out and "Different here: batches of 50." in out
 
 
+def test_two_networks_are_compared_image_by_image(evaluated, without_report, tmp_path, capsys) -> None:
+    """The other one prefers some classes, so that it gains and loses."""
+    model = load_checkpoint(evaluated.run.files.best)["model"]
+    model["fc.bias"] += torch.linspace(0, 12, 100)
+    path = changed_file(evaluated, tmp_path / "other.pth", model=model)
+    found = metrics_of(evaluated, "--against", path, "--tta")["against"]
+    alone = metrics_of(evaluated, "--weights", path, "--tta")
+    assert {key: found[key] for key in ("top1", "loss", "ece")} == {
+        k: alone[k] for k in ("top1", "loss", "ece")
+    }
+    assert found["tta"].items() <= alone["tta"].items()
+    assert (found["weights"], found["precision"]) == (path, "fp32")
+    shown, other = without_report
+    for kind, logits in (("single view", "logits"), ("10 views", "averaged_logits")):
+        a, b = (getattr(each, logits).argmax(axis=1) == each.split.labels for each in (shown, other))
+        paired = found["paired"][kind]
+        assert (paired["gained"], paired["lost"]) == ((a & ~b).sum(), (b & ~a).sum())
+        assert paired["gained"] > paired["lost"] > 0
+        assert paired["difference_percent"] == pytest.approx(100 * (a.mean() - b.mean()))
+        assert 0 < paired["p_value"] <= 1 and 0 < paired["standard_error_percent"] < 10
+    for key in ("gained", "lost"):
+        assert sum(row[key] for row in found["per_class"].values()) == found["paired"]["single view"][key]
+    best = max(found["per_class"].items(), key=lambda item: item[1]["gained"] - item[1]["lost"])[0]
+    out = capsys.readouterr().out
+    assert f"A is right more often on: {best} " in out and "B is right more often on: class_" in out
+    assert "McNemar's p" in out and metrics_of(evaluated)["against"] is None
+    assert metrics_of(evaluated, "--against", path, "--precision", "bf16")["against"]["precision"] == "bf16"
+
+
 def test_bf16_is_the_engines_bf16(evaluated, without_report) -> None:
     metrics = metrics_of(evaluated, "--precision", "bf16")
     split = balanced_subset(load_dataset("cifar100", evaluated.data_dir).test, 150, 3)
@@ -126,6 +155,10 @@ def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(
         (["--json", "small_best.pth"], 2, "is an input of this command"),
         (["--json", "photo.png"], 2, "photo.png exists and is not a .json file"),
         (["--output-dir", "empty", "--name", "x"], 2, "x_report.html: it is a folder"),
+        (["--against", "photo.png"], 1, "photo.png is not a checkpoint"),
+        (["--against", "small_best.pth"], 2, "is the file that is evaluated"),
+        (["--against", "other.pth", "--json", "other.pth"], 2, "is an input of this command"),
+        (["--against", "ten.pth"], 1, "ten.pth was trained on other classes (10)"),
     ],
 )
 def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, flags, code, words) -> None:
@@ -134,6 +167,11 @@ def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, flags, 
     Path("photo.png").write_bytes(b"photo")
     Path("empty/x_report.html").mkdir(parents=True)
     shutil.copy(evaluated.run.files.best, "small_best.pth")
+    shutil.copy(evaluated.run.files.best, "other.pth")
+    state = load_checkpoint("other.pth")
+    model = state["model"] | {name: state["model"][name][:10] for name in ("fc.weight", "fc.bias")}
+    ten = {name: state[name][:10] for name in ("classes", "superclass_of")} | {"model": model}
+    changed_file(evaluated, Path("ten.pth"), **ten)
     monkeypatch.setattr(evaluate, "timed_logits", None)  # nothing is computed
     weights = [] if words.startswith("no ") else ["--weights", "small_best.pth"]
     assert run_main(lambda: evaluate.main([*evaluated.flags, *weights, *flags]), "evaluate.py") == code

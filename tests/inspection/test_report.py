@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from helpers.small_run import NAMES, Evaluated
+from inspection import metrics, report
 from inspection.report import Evaluation, draw_figures, render_page
 
 NASTY = "<script>alert(\"1\")</script> & 'x' {{ 7 }}"
@@ -105,6 +106,28 @@ def test_page_marks_sorting_missing_values_and_synthetic_data(evaluated: Evaluat
     data = replace(evaluation.data, name="synthetic")
     text = page_of(replace(evaluation, data=data)).text
     assert "top-1 on synthetic data" in text and "These results say nothing about CIFAR-100." in text
+
+
+def test_page_compares_two_networks_and_lists_the_classes_that_differ(evaluated: Evaluated) -> None:
+    a = evaluated.evaluation
+    assert "Only B correct" not in page_of(a).text
+    logits = a.logits.copy()
+    label = a.split.labels[0]
+    logits[a.split.labels == label] = np.eye(100)[label]  # B is right on all of this class
+    b = replace(a, logits=logits, scores=metrics.score(logits, a.split.labels, a.data.superclass_of))
+    tags = page_of(replace(a, against=b))
+    gained = int((~a.correct[a.split.labels == label]).sum())
+    (row,) = report.class_changes(replace(a, against=b))
+    assert gained > 0 and row == (a.data.classes[label], 0, gained, -gained)
+    single, averaged = report.comparison_rows(replace(a, against=b))
+    assert single[1] == f"{a.scores.top1_percent:.2f} %" and single[2] == f"{b.scores.top1_percent:.2f} %"
+    assert single[3].startswith(f"-{100 * gained / 150:.2f} ± ") and single[4:6] == ("0", str(gained))
+    assert averaged[3:] == ("+0.00 ± 0.00", "0", "0", "1")
+    for cell in (*single, *averaged):
+        assert cell in tags.text
+    assert len(tags.of("h2")) == len(page_of(a).of("h2")) + 1
+    same = page_of(replace(a, against=a))
+    assert len(same.of("table")) == len(tags.of("table")) - 1, "no class differs"
 
 
 @pytest.mark.parametrize("wrong", [0, 9])
