@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from cifar.dataset import ImageData, Split, balanced_subset, load_dataset
+from cifar.dataset import ImageData, Split, balanced_choice, load_dataset, near_duplicates
 from core.cli import (
     LOG,
     Parser,
@@ -37,13 +38,15 @@ from core.cli import (
 from core.errors import RunError, UsageError
 from core.files import atomic_write_text, check_output
 from core.machine import choose_device, set_up_torch, versions
-from inspection.inference import VIEWS, averaged_log_probabilities, timed_logits
+from inspection.inference import SHIFTS_PX, VIEWS, averaged_log_probabilities, shift_accuracy, timed_logits
 from inspection.metrics import Scores, per_class, score
 from inspection.report import (
+    COMPARISON_COLUMNS,
     Evaluation,
     class_changes,
     comparison_rows,
     confused_pairs,
+    detail_rows,
     score_rows,
     write_report,
 )
@@ -57,6 +60,7 @@ from utils import make_test_batches
 
 UNITS = {"top1": "percent", "top5": "percent", "superclass": "percent", "loss": "nats per image"}
 UNITS |= {"ece": "fraction, 15 bins", "images_per_s": "without loading"}
+UNITS |= {"risk_coverage": "percent", "shifts": "rows moved down, columns right"}
 
 
 def build_parser() -> Parser:
@@ -143,6 +147,8 @@ def run_test(
 ) -> Evaluation:
     """Test both networks on the images that the flags, or else the recipe of `trained`, name.
 
+    `trained` is tested on shifted images too.
+
     Raises:
         RunError: there is no such data, its classes are not a network's, or weights give NaN.
     """
@@ -156,12 +162,16 @@ def run_test(
                 f"({data.name}, {len(data.classes)})"
             )
     limit = None if args.all_test else args.limit_test or recipe.limit_test
-    split = balanced_subset(data.test, limit, recipe.seed) if limit else data.test
+    indices = np.flatnonzero(balanced_choice(data.test, limit or len(data.test), recipe.seed))
+    split = Split(data.test.images[indices], data.test.labels[indices])
     evaluation = measure(args, trained, data, split, device, name)
-    if against:
-        other = measure(args, against, data, split, device, name)
-        evaluation = dataclasses.replace(evaluation, against=other)
-    return evaluation
+    method = {"batch_size": evaluation.batch_size, "precision": evaluation.precision}
+    return dataclasses.replace(
+        evaluation,
+        shifts=shift_accuracy(trained.model, split, **method),
+        near_duplicate=None if evaluation.synthetic else np.isin(indices, near_duplicates()),
+        against=against and measure(args, against, data, split, device, name),
+    )
 
 
 def measure(
@@ -254,6 +264,8 @@ def print_metrics(evaluation: Evaluation, reproduction: Reproduction) -> None:
         f"  {'Throughput':<20} {evaluation.images_per_s:>10,.0f} images/s "
         f"({evaluation.setting_note}, without loading)"
     )
+    for name, text in detail_rows(evaluation):
+        LOG.info(f"  {name:<37} {text}")
     pairs = [f"{a} / {b} {pair.total}" for a, b, pair in confused_pairs(evaluation, 5)]
     LOG.info(f"  Most confused: {', '.join(pairs) or 'none'}")
     if evaluation.against:
@@ -265,8 +277,7 @@ def print_comparison(evaluation: Evaluation) -> None:
     """Both accuracies, their paired difference with its test, and the classes that differ most."""
     other = evaluation.against
     LOG.info(f"A: {evaluation.trained.path}, B: {other.trained.path} ({other.subject}, {other.setting_note})")
-    header = ("A", "B", "A - B (points)", "A alone", "B alone", "McNemar's p")
-    for name, *values in [("", *header), *comparison_rows(evaluation)]:
+    for name, *values in [COMPARISON_COLUMNS, *comparison_rows(evaluation)]:
         LOG.info(f"  {name:<20} " + " ".join(f"{value:>14}" for value in values))
     changes = class_changes(evaluation)
     gains, losses = [row for row in changes if row[3] > 0], [row for row in changes[::-1] if row[3] < 0]
@@ -292,6 +303,7 @@ def json_metrics(evaluation: Evaluation, reproduction: Reproduction) -> dict[str
         "device": evaluation.device.type,
         "precision": evaluation.precision,
         "batch_size": evaluation.batch_size,
+        **json_details(evaluation),
         "against": evaluation.against and json_comparison(evaluation),
         "recorded": recorded and {"top1": recorded.accuracy_percent, "loss": recorded.loss},
         "equals_recorded": reproduction.equal,
@@ -310,6 +322,32 @@ def json_scores(scores: Scores) -> dict[str, float | None]:
         "loss": finite(scores.loss),
         "superclass": scores.superclass_percent,
         "ece": scores.calibration.ece,
+    }
+
+
+def json_details(evaluation: Evaluation) -> dict[str, Any]:
+    """Near-duplicates (null for synthetic images), calibration with a temperature, risk, shifted images."""
+    scaled, temperatures = evaluation.cross_fitted
+    return {
+        "near_duplicates": {
+            name: {"images": images, "top1": finite(top1)}
+            for name, images, top1 in evaluation.near_duplicate_rows
+        }
+        or None,
+        "cross_fitted": {
+            "temperatures": temperatures,
+            "ece": scaled.calibration.ece,
+            "loss": finite(scaled.loss),
+        },
+        "risk_coverage": {
+            "area": evaluation.risk_coverage.area_percent,
+            "risk_at_coverage": {coverage: risk for coverage, risk, _ in evaluation.risk_rows},
+        },
+        "shifts": {
+            "pixels": SHIFTS_PX,
+            "top1": evaluation.shifts.top1_percent.tolist(),
+            "images": evaluation.shifts.images,
+        },
     }
 
 

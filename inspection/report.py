@@ -21,15 +21,22 @@ from core.machine import device_name, precision_name, versions
 from inspection import metrics
 from inspection.curves import history_figure
 from inspection.eda_plots import tile_figure
-from inspection.evaluation_plots import confusion_figure, per_class_bars_figure, reliability_figure
-from inspection.inference import VIEWS
-from inspection.metrics import ConfusedPair, PairedTest, Scores
+from inspection.evaluation_plots import (
+    confusion_figure,
+    per_class_bars_figure,
+    reliability_figure,
+    risk_coverage_figure,
+    shift_figure,
+)
+from inspection.inference import SHIFTS_PX, VIEWS, ShiftAccuracy
+from inspection.metrics import ConfusedPair, PairedTest, RiskCoverage, Scores
 from inspection.style import png_bytes
 from model import count_parameters
 from training.checkpoint import LoadedModel
 from training.history import history_rows, weights_epoch
 
 PAIRS = 25  # confused pairs in the table
+COMPARISON_COLUMNS = ("Prediction", "A (%)", "B (%)", "A - B (points)", "Only A", "Only B", "McNemar's p")
 WORST, WORST_COLUMNS = 24, 8  # confidently wrong images, and how many of them in a row
 
 
@@ -39,7 +46,9 @@ class Evaluation:
 
     `name` begins the names of the report's files; `split` holds the images, `logits` is float32 [N, K];
     `averaged_logits`, log-probabilities averaged over VIEWS, and `averaged`, their metrics, are None without
-    --tta. `against` is the evaluation of another network on the same images, or None.
+    --tta. The evaluation that is reported also has its accuracy on shifted images, bool [N] for CIFAR-100
+    (whether a test image has a near-duplicate among the training images), and `against`, the evaluation of
+    another network on the same images, or None.
     """
 
     name: str
@@ -54,6 +63,8 @@ class Evaluation:
     scores: Scores
     averaged_logits: np.ndarray | None
     averaged: Scores | None
+    shifts: ShiftAccuracy | None = None
+    near_duplicate: np.ndarray | None = None
     against: "Evaluation | None" = None
 
     @property
@@ -107,6 +118,32 @@ class Evaluation:
             for kind, own, other, x, y in kinds
         ]
 
+    @property
+    def near_duplicate_rows(self) -> list[tuple[str, int, float]]:
+        """("without" or "with" a near-duplicate, images, top-1 in percent: NaN for no images)."""
+        if self.near_duplicate is None:
+            return []
+        masks = {"without": ~self.near_duplicate, "with": self.near_duplicate}
+        return [(name, int(m.sum()), metrics.percent(self.correct[m])) for name, m in masks.items()]
+
+    @cached_property
+    def risk_coverage(self) -> RiskCoverage:
+        """Selective prediction by the confidence."""
+        return metrics.risk_coverage(self.logits, self.split.labels)
+
+    @property
+    def risk_rows(self) -> list[tuple[int, float, float]]:
+        """(coverage in percent, risk, accuracy) at every tenth, rounded up to whole images."""
+        tenths = range(10, 101, 10)
+        risks = [self.risk_coverage.risk_percent[-(-len(self.split) * c // 100) - 1] for c in tenths]
+        return [(c, float(risk), 100 - float(risk)) for c, risk in zip(tenths, risks, strict=True)]
+
+    @cached_property
+    def cross_fitted(self) -> tuple[Scores, tuple[float, float]]:
+        """The metrics with a temperature fitted by two-fold cross-fitting, and the two temperatures."""
+        logits, temperatures = metrics.cross_fit_temperature(self.logits, self.split.labels)
+        return metrics.score(logits, self.split.labels, self.data.superclass_of), temperatures
+
     @cached_property
     def matrix(self) -> np.ndarray:
         """int64 [K, K]: images by true and predicted class."""
@@ -140,13 +177,29 @@ def score_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     return list(zip(names, *columns, strict=True))
 
 
+def detail_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """(metric, value) of what the page shows further down, ready to print."""
+    scaled, temperatures = evaluation.cross_fitted
+    top1, images = evaluation.shifts
+    fitted = "with the temperatures {:.2f} and {:.2f}".format(*temperatures)
+    return [
+        *(
+            (f"Top-1, {name} a near-duplicate", f"{percent:.2f} % of {count:,} images")
+            for name, count, percent in evaluation.near_duplicate_rows
+        ),
+        ("Calibration error, two-fold cross-fit", f"{100 * scaled.calibration.ece:.2f} % {fitted}"),
+        ("Area under risk against coverage", f"{evaluation.risk_coverage.area_percent:.2f} %"),
+        ("Top-1, shifted images", f"{top1.min():.2f} to {top1.max():.2f} % of {images:,} images"),
+    ]
+
+
 def comparison_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
-    """The cells of a row for each of `comparisons`, ready to print."""
+    """The cells of COMPARISON_COLUMNS for each of `comparisons`, ready to print."""
     return [
         (
-            f"Top-1, {kind}",
-            f"{own.top1_percent:.2f} %",
-            f"{other.top1_percent:.2f} %",
+            kind,
+            f"{own.top1_percent:.2f}",
+            f"{other.top1_percent:.2f}",
             f"{test.difference_percent:+.2f} ± {test.standard_error_percent:.2f}",
             f"{test.gained:,}",
             f"{test.lost:,}",
@@ -208,6 +261,12 @@ def draw_figures(evaluation: Evaluation) -> dict[str, bytes]:
     by_group = matrix[np.ix_(order, order)]
     figures = {
         "reliability": reliability_figure(evaluation.scores.calibration, f"Reliability: {title}"),
+        "risk_coverage": risk_coverage_figure(evaluation.risk_coverage, f"Risk and coverage: {title}"),
+        "shifts": shift_figure(
+            evaluation.shifts.top1_percent,
+            SHIFTS_PX,
+            f"Shifted images: {evaluation.subject}, a fifth of {evaluation.data_note}",
+        ),
         "confusion_superclasses": confusion_figure(
             evaluation.superclass_matrix, data.superclasses, None, f"Superclasses: {title}"
         ),
@@ -262,6 +321,7 @@ def render_page(evaluation: Evaluation, comparison: str, figures: dict[str, byte
         figures=embedded,
         views=len(VIEWS),
         score_rows=score_rows(evaluation),
+        comparison_columns=[(column, None) for column in COMPARISON_COLUMNS],
         comparison_rows=comparison_rows(evaluation),
         class_changes=class_changes(evaluation) if evaluation.against else [],
         superclass_rows=_rows_by_f1(evaluation.data.superclasses, evaluation.superclass_matrix),
@@ -278,6 +338,7 @@ def render_page(evaluation: Evaluation, comparison: str, figures: dict[str, byte
                 pairwise(bins.edges), bins.counts, bins.accuracy, bins.confidence, strict=True
             )
         ],
+        shifts_px=SHIFTS_PX,
         setup=_setup_rows(evaluation),
         epochs=len(history_rows(evaluation.trained.state)),
     )

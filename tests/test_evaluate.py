@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import evaluate
-from cifar import synthetic
+from cifar import dataset, synthetic
 from cifar.dataset import balanced_subset, load_dataset
 from core.cli import run_main
 from core.errors import RunError
 from core.machine import versions
 from helpers.small_run import NAMES, Evaluated, make_run
+from inspection.inference import ShiftAccuracy
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.engine import Metrics
 from training.engine import evaluate as engine_evaluate
@@ -27,6 +28,8 @@ from utils import make_test_batches
 def without_report(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """No report is drawn; the evaluations that it would have shown are in the list."""
     shown: list[Any] = []
+    nothing = ShiftAccuracy(np.zeros((5, 5)), 30)
+    monkeypatch.setattr(evaluate, "shift_accuracy", lambda *_, **__: nothing)  # the work of five passes
     monkeypatch.setattr(evaluate, "write_report", lambda evaluation, *_: shown.append(evaluation))
     return shown
 
@@ -64,6 +67,42 @@ def test_json_holds_every_metric_and_top1_and_loss_equal_the_history_to_the_last
     assert 100 * hits / 150 == pytest.approx(metrics["top1"])
     assert metrics["tta"].keys() == scores | {"views"} and metrics["tta"]["views"] == 10
     assert metrics["tta"]["loss"] != metrics["loss"]
+
+
+def test_json_holds_what_the_report_shows_further_down(evaluated) -> None:
+    found, evaluation = evaluated.metrics, evaluated.evaluation
+    shifts = found["shifts"]
+    assert (shifts["pixels"], shifts["images"]) == ([-4, -2, 0, 2, 4], 30)
+    assert shifts["top1"] == evaluation.shifts.top1_percent.tolist()
+    assert shifts["top1"][2][2] > 40 > shifts["top1"][0][0], (
+        "taught on these images, and these pixels are random"
+    )
+    risk = found["risk_coverage"]
+    assert list(risk["risk_at_coverage"]) == [str(tenth) for tenth in range(10, 101, 10)]
+    assert risk["risk_at_coverage"]["100"] == pytest.approx(100 - found["top1"])
+    assert risk["risk_at_coverage"]["10"] < risk["area"] < risk["risk_at_coverage"]["100"]
+    fitted = found["cross_fitted"]
+    assert fitted["loss"] < found["loss"] and 0 < fitted["ece"] < 1 and len(fitted["temperatures"]) == 2
+    assert found["against"] is None
+
+
+def test_near_duplicates_are_found_in_a_subset_by_their_numbers(
+    evaluated, without_report, tmp_path, monkeypatch
+) -> None:
+    """The list names every third test image; the run is tested on 150 of 200."""
+    monkeypatch.setattr(dataset, "NEAR_DUPLICATES", tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("# every third\n" + "\n".join(map(str, range(0, 10_000, 3))))
+    found = metrics_of(evaluated)["near_duplicates"]
+    (shown,) = without_report
+    data = load_dataset("cifar100", evaluated.data_dir).test
+    copies = {image.tobytes() for image in data.images[::3]}
+    listed = np.array([image.tobytes() in copies for image in shown.split.images])
+    assert shown.near_duplicate.tolist() == listed.tolist() and 30 < listed.sum() < 70
+    for name, mask in (("without", ~listed), ("with", listed)):
+        correct = shown.logits.argmax(axis=1)[mask] == shown.split.labels[mask]
+        assert found[name] == {"images": mask.sum(), "top1": pytest.approx(100 * correct.mean())}
+    (tmp_path / "list.txt").write_text("10000\n")
+    assert metrics_of(evaluated)["near_duplicates"]["with"] == {"images": 0, "top1": None}
 
 
 def test_results_of_a_finished_run_and_its_last_state_compare_too(evaluated, without_report, capsys) -> None:
@@ -140,7 +179,7 @@ def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(
     metrics = metrics_of(evaluated, "--weights", str(tmp_path / "drawn_best.pth"))
     assert (metrics["dataset"], metrics["images"]) == ("synthetic", 100)
     assert "all 100 test images of the synthetic data (not CIFAR-100)" in capsys.readouterr().out
-    assert without_report[0].synthetic
+    assert without_report[0].synthetic and metrics["near_duplicates"] is None
 
 
 @pytest.mark.parametrize(
