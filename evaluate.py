@@ -328,27 +328,14 @@ def json_scores(scores: Scores) -> dict[str, float | None]:
 
 def json_details(evaluation: Evaluation) -> dict[str, Any]:
     """Near-duplicates (null for synthetic images), calibration with a temperature, risk, shifted images."""
+    near, curve, shifts = evaluation.near_duplicate_rows, evaluation.risk_coverage, evaluation.shifts
     scaled, temperatures = evaluation.cross_fitted
+    ece, loss = scaled.calibration.ece, finite(scaled.loss)
     return {
-        "near_duplicates": {
-            name: {"images": images, "top1": finite(top1)}
-            for name, images, top1 in evaluation.near_duplicate_rows
-        }
-        or None,
-        "cross_fitted": {
-            "temperatures": temperatures,
-            "ece": scaled.calibration.ece,
-            "loss": finite(scaled.loss),
-        },
-        "risk_coverage": {
-            "area": evaluation.risk_coverage.area_percent,
-            "risk_at_coverage": {coverage: risk for coverage, risk, _ in evaluation.risk_rows},
-        },
-        "shifts": {
-            "pixels": SHIFTS_PX,
-            "top1": evaluation.shifts.top1_percent.tolist(),
-            "images": evaluation.shifts.images,
-        },
+        "near_duplicates": {key: {"images": n, "top1": finite(top1)} for key, n, top1 in near} or None,
+        "cross_fitted": {"temperatures": temperatures, "ece": ece, "loss": loss},
+        "risk_coverage": {"area": curve.area_percent, "risk_at_coverage": dict(evaluation.risk_rows)},
+        "shifts": {"pixels": SHIFTS_PX, "top1": shifts.top1_percent.tolist(), "images": shifts.images},
     }
 
 

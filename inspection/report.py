@@ -132,11 +132,10 @@ class Evaluation:
         return metrics.risk_coverage(self.logits, self.split.labels)
 
     @property
-    def risk_rows(self) -> list[tuple[int, float, float]]:
-        """(coverage in percent, risk, accuracy) at every tenth, rounded up to whole images."""
-        tenths = range(10, 101, 10)
-        risks = [self.risk_coverage.risk_percent[-(-len(self.split) * c // 100) - 1] for c in tenths]
-        return [(c, float(risk), 100 - float(risk)) for c, risk in zip(tenths, risks, strict=True)]
+    def risk_rows(self) -> list[tuple[int, float]]:
+        """(coverage, risk), in percent, at every tenth, rounded up to whole images."""
+        risk, count = self.risk_coverage.risk_percent, len(self.split)
+        return [(tenth, float(risk[-(-count * tenth // 100) - 1])) for tenth in range(10, 101, 10)]
 
     @cached_property
     def cross_fitted(self) -> tuple[Scores, tuple[float, float]]:
