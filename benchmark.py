@@ -24,6 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import core  # before torch: it sets up torch's threads
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -169,8 +172,11 @@ def plain_process(setting: Setting, train: Split, test: Split) -> Iterator[Calla
     options = {name: getattr(setting, name) for name in ("model", "device", "batch_size", "steps", "workers")}
     options |= {"train": (train.images, train.labels), "test": (test.images, test.labels)}
     command, pipe = [sys.executable, str(PLAIN_RECIPE)], subprocess.PIPE
+    # the plain recipe runs without the setting of core/__init__.py, unless it is the user's
+    own = {"GOMP_SPINCOUNT"} if core.SETS_SPIN_COUNT else set()
+    env = {name: value for name, value in os.environ.items() if name not in own}
     # in a session of its own, so that Ctrl-C reaches this process alone, which then ends the other
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True) as process:
 
         def measure(row: str) -> float:
             try:

@@ -9,12 +9,16 @@ Plots, history and checkpoints are in output/; `python train.py --help` lists ev
 """
 
 import math
+import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import core  # noqa: F401 (before torch: it sets up torch's threads)
+
+# isort: split
 import numpy as np
 import torch
 from torch import nn
@@ -426,6 +430,9 @@ def log_header(recipe: Recipe, model: nn.Module, device: torch.device, *, images
         f"seed {recipe.seed}{recipe.non_default_note}"
     )
     LOG.info(f"Command: {shell_command(['python', *sys.argv])}")
+    if device.type == "cpu":
+        spin = os.environ.get("GOMP_SPINCOUNT", "not set")
+        LOG.info(f"Threads: {torch.get_num_threads()}, GOMP_SPINCOUNT {spin}")
     found = {"code": code_version(), **versions()}
     LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()))
 
