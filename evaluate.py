@@ -3,9 +3,11 @@
     python evaluate.py                                         the best run in output/
     python evaluate.py --weights output/CNN_Model_best.pth     a given checkpoint
     python evaluate.py --tta --json metrics.json               also averaged over views; metrics as JSON
+    python evaluate.py --weights A.pth --against B.pth         is A better than B?
 
 By default it tests exactly as the run did: the data, the subset of it, batch size and precision are those
-of the checkpoint's recipe, so that the metrics in its history are reproduced.
+of the checkpoint's recipe, so that the metrics in its history are reproduced. The report's map of shifted
+images costs as much as five more passes over the test images.
 """
 
 import argparse
@@ -22,9 +24,10 @@ from typing import Any
 import core  # noqa: F401 (before torch: it sets up torch's threads)
 
 # isort: split
+import numpy as np
 import torch
 
-from cifar.dataset import balanced_subset, load_dataset
+from cifar.dataset import ImageData, Split, balanced_choice, load_dataset, near_duplicates
 from core.cli import (
     LOG,
     Parser,
@@ -36,12 +39,21 @@ from core.cli import (
     start_log,
     whole_number,
 )
-from core.errors import RunError
+from core.errors import RunError, UsageError
 from core.files import atomic_write_text, check_output
 from core.machine import choose_device, set_up_torch, versions
-from inspection.inference import VIEWS, averaged_log_probabilities, timed_logits
+from inspection.inference import SHIFTS_PX, VIEWS, averaged_log_probabilities, shift_accuracy, timed_logits
 from inspection.metrics import Scores, per_class, score
-from inspection.report import Evaluation, confused_pairs, score_rows, write_report
+from inspection.report import (
+    COMPARISON_COLUMNS,
+    Evaluation,
+    class_changes,
+    comparison_rows,
+    confused_pairs,
+    detail_rows,
+    score_rows,
+    write_report,
+)
 from training.checkpoint import LoadedModel, find_weights, load_model
 from training.engine import Metrics
 from training.history import LoggedMetrics, find_logged_metrics, weights_epoch
@@ -52,6 +64,7 @@ from utils import make_test_batches
 
 UNITS = {"top1": "percent", "top5": "percent", "superclass": "percent", "loss": "nats per image"}
 UNITS |= {"ece": "fraction, 15 bins", "images_per_s": "without loading"}
+UNITS |= {"risk_coverage": "percent", "shifts": "rows moved down, columns right"}
 
 
 def build_parser() -> Parser:
@@ -69,6 +82,8 @@ def build_parser() -> Parser:
     text = f"also average the probabilities over {len(VIEWS)} views of each image: shifted by a pixel in "
     text += f"four directions or not, mirrored or not ({len(VIEWS)} times the work)"
     how.add_argument("--tta", action="store_true", help=text)
+    text = "compare with this checkpoint on the same images: paired difference, McNemar's test, classes"
+    how.add_argument("--against", type=Path, metavar="FILE", help=text)
     add_processor(how)
     text = "images per batch (default: as the run was tested)"
     how.add_argument("--batch-size", type=whole_number(1), metavar="N", help=text)
@@ -93,12 +108,15 @@ def main(argv: list[str] | None = None) -> int:
     start_log(None)
     device = choose_device(args.device)
     trained = load_model(args.weights or find_weights(args.output_dir), device)
+    against = load_model(args.against, device) if args.against else None
+    if against and against.path.samefile(trained.path):
+        raise UsageError(f"--against {against.path} is the file that is evaluated: name another checkpoint")
     files = RunFiles(args.output_dir, args.name or run_name(trained))
     files.prepare()
     check_output(files.path("_report.html"), [".html"])
     if args.json:
-        check_output(args.json, [".json"], [trained.path])
-    evaluation = run_test(args, trained, device, files.name)
+        check_output(args.json, [".json"], [trained.path] + ([against.path] if against else []))
+    evaluation = run_test(args, trained, against, device, files.name)
     scores, recipe = evaluation.scores, trained.recipe
     reproduction = compare(
         Metrics(scores.loss, scores.top1_percent, scores.images),
@@ -124,20 +142,52 @@ def run_name(trained: LoadedModel) -> str:
     return DEFAULT_NAME
 
 
-def run_test(args: argparse.Namespace, trained: LoadedModel, device: torch.device, name: str) -> Evaluation:
-    """One pass over the images that the flags, or else the recipe, name; with --tta one more per view.
+def run_test(
+    args: argparse.Namespace,
+    trained: LoadedModel,
+    against: LoadedModel | None,
+    device: torch.device,
+    name: str,
+) -> Evaluation:
+    """Test both networks on the images that the flags, or else the recipe of `trained`, name.
+
+    `trained` is tested on shifted images too.
 
     Raises:
-        RunError: there is no such data, its classes are not the network's, or the weights give NaN.
+        RunError: there is no such data, its classes are not a network's, or weights give NaN.
     """
     recipe = trained.recipe
     set_up_torch(recipe.seed, device, deterministic=False)  # as train.py, so that the kernels are the same
     data = load_dataset(recipe.dataset, args.data_dir, url=args.data_url)
-    if data.classes != trained.classes or data.superclass_of.tolist() != list(trained.superclass_of):
-        message = f"{trained.path} was trained on other classes than those of the test data ({data.name})"
-        raise RunError(message)
+    for each in filter(None, (trained, against)):
+        if data.classes != each.classes or data.superclass_of.tolist() != list(each.superclass_of):
+            raise RunError(
+                f"{each.path} was trained on other classes ({len(each.classes)}) than those of the test data "
+                f"({data.name}, {len(data.classes)})"
+            )
     limit = None if args.all_test else args.limit_test or recipe.limit_test
-    split = balanced_subset(data.test, limit, recipe.seed) if limit else data.test
+    indices = np.flatnonzero(balanced_choice(data.test, limit or len(data.test), recipe.seed))
+    split = Split(data.test.images[indices], data.test.labels[indices])
+    evaluation = measure(args, trained, data, split, device, name)
+    method = {"batch_size": evaluation.batch_size, "precision": evaluation.precision}
+    return dataclasses.replace(
+        evaluation,
+        shifts=shift_accuracy(trained.model, split, **method),
+        near_duplicate=None if evaluation.synthetic else np.isin(indices, near_duplicates()),
+        against=against and measure(args, against, data, split, device, name),
+    )
+
+
+def measure(
+    args: argparse.Namespace,
+    trained: LoadedModel,
+    data: ImageData,
+    split: Split,
+    device: torch.device,
+    name: str,
+) -> Evaluation:
+    """One pass over `split`; with --tta one more per view. The flags come before the network's recipe."""
+    recipe = trained.recipe
     batch_size, precision = args.batch_size or recipe.test_batch_size, args.precision or recipe.precision
     batches = make_test_batches(split, batch_size, device)
 
@@ -145,10 +195,10 @@ def run_test(args: argparse.Namespace, trained: LoadedModel, device: torch.devic
     scores = score(logits.numpy(), split.labels, data.superclass_of)
     # the engine's own, as in the run's history: the same up to rounding of the loss
     scores = dataclasses.replace(scores, top1_percent=measured.accuracy_percent, loss=measured.loss)
-    averaged = None
+    averaged_logits = averaged = None
     if args.tta:
-        mean = averaged_log_probabilities(trained.model, batches, precision=precision)
-        averaged = score(mean.numpy(), split.labels, data.superclass_of)
+        averaged_logits = averaged_log_probabilities(trained.model, batches, precision=precision).numpy()
+        averaged = score(averaged_logits, split.labels, data.superclass_of)
     return Evaluation(
         name=name,
         trained=trained,
@@ -160,6 +210,7 @@ def run_test(args: argparse.Namespace, trained: LoadedModel, device: torch.devic
         images_per_s=images_per_s,
         logits=logits.numpy(),
         scores=scores,
+        averaged_logits=averaged_logits,
         averaged=averaged,
     )
 
@@ -217,9 +268,26 @@ def print_metrics(evaluation: Evaluation, reproduction: Reproduction) -> None:
         f"  {'Throughput':<20} {evaluation.images_per_s:>10,.0f} images/s "
         f"({evaluation.setting_note}, without loading)"
     )
+    for name, text in detail_rows(evaluation):
+        LOG.info(f"  {name:<37} {text}")
     pairs = [f"{a} / {b} {pair.total}" for a, b, pair in confused_pairs(evaluation, 5)]
     LOG.info(f"  Most confused: {', '.join(pairs) or 'none'}")
+    if evaluation.against:
+        print_comparison(evaluation)
     (LOG.warning if reproduction.equal is False else LOG.info)(reproduction.text)
+
+
+def print_comparison(evaluation: Evaluation) -> None:
+    """Both accuracies, their paired difference with its test, and the classes that differ most."""
+    other = evaluation.against
+    LOG.info(f"A: {evaluation.trained.path}, B: {other.trained.path} ({other.subject}, {other.setting_note})")
+    for name, *values in [COMPARISON_COLUMNS, *comparison_rows(evaluation)]:
+        LOG.info(f"  {name:<20} " + " ".join(f"{value:>14}" for value in values))
+    changes = class_changes(evaluation)
+    gains, losses = [row for row in changes if row[3] > 0], [row for row in changes[::-1] if row[3] < 0]
+    for name, rows in (("A", gains), ("B", losses)):
+        classes = [f"{label} {abs(n)} ({gained} / {lost})" for label, gained, lost, n in rows[:5]]
+        LOG.info(f"  {name} is right more often on: {', '.join(classes) or 'no class'}")
 
 
 def json_metrics(evaluation: Evaluation, reproduction: Reproduction) -> dict[str, Any]:
@@ -239,6 +307,8 @@ def json_metrics(evaluation: Evaluation, reproduction: Reproduction) -> dict[str
         "device": evaluation.device.type,
         "precision": evaluation.precision,
         "batch_size": evaluation.batch_size,
+        **json_details(evaluation),
+        "against": evaluation.against and json_comparison(evaluation),
         "recorded": recorded and {"top1": recorded.accuracy_percent, "loss": recorded.loss},
         "equals_recorded": reproduction.equal,
         "per_class": {
@@ -256,6 +326,36 @@ def json_scores(scores: Scores) -> dict[str, float | None]:
         "loss": finite(scores.loss),
         "superclass": scores.superclass_percent,
         "ece": scores.calibration.ece,
+    }
+
+
+def json_details(evaluation: Evaluation) -> dict[str, Any]:
+    """Near-duplicates (null for synthetic images), calibration with a temperature, risk, shifted images."""
+    near, curve, shifts = evaluation.near_duplicate_rows, evaluation.risk_coverage, evaluation.shifts
+    scaled, temperatures = evaluation.cross_fitted
+    ece, loss = scaled.calibration.ece, finite(scaled.loss)
+    return {
+        "near_duplicates": {key: {"images": n, "top1": finite(top1)} for key, n, top1 in near} or None,
+        "cross_fitted": {"temperatures": temperatures, "ece": ece, "loss": loss},
+        "risk_coverage": {"area": curve.area_percent, "risk_at_coverage": dict(evaluation.risk_rows)},
+        "shifts": {"pixels": SHIFTS_PX, "top1": shifts.top1_percent.tolist(), "images": shifts.images},
+    }
+
+
+def json_comparison(evaluation: Evaluation) -> dict[str, Any]:
+    """The other network's metrics, and the comparison; only the one that is evaluated has `gained` right."""
+    other = evaluation.against
+    return {
+        "weights": str(other.trained.path),
+        "model": other.trained.recipe.model,
+        "epoch": weights_epoch(other.trained.state),
+        "precision": other.precision,
+        **json_scores(other.scores),
+        "tta": other.averaged and json_scores(other.averaged),
+        "paired": {kind: test._asdict() for kind, *_, test in evaluation.comparisons},
+        "per_class": {
+            name: {"gained": gained, "lost": lost} for name, gained, lost, _ in class_changes(evaluation)
+        },
     }
 
 

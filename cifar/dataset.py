@@ -34,6 +34,8 @@ MEMBER_MD5 = {
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
     "meta": "7973b15100ade9c7d40fb424638fde48",
 }
+# The test images that have a near-duplicate among the training images, found by `python -m inspection.eda`.
+NEAR_DUPLICATES = Path(__file__).with_name("near_duplicates.txt")
 # All serve the same bytes. The official host comes last: since June 2026 it sends 50-80 kB/s or times out
 # (https://github.com/pytorch/vision/issues/9536).
 SOURCES = (
@@ -202,7 +204,7 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
     Raises:
         UsageError: `count` is not from 1 to len(split).
     """
-    chosen = _balanced_choice(split, count, seed)
+    chosen = balanced_choice(split, count, seed)
     return Split(split.images[chosen], split.labels[chosen])
 
 
@@ -214,13 +216,17 @@ def train_val_split(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     """
     if count == len(split):
         raise UsageError(f"holding out all {count} images leaves none for training")
-    held_out = _balanced_choice(split, count, seed)
+    held_out = balanced_choice(split, count, seed)
     train, val = (Split(split.images[mask], split.labels[mask]) for mask in (~held_out, held_out))
     return train, val
 
 
-def _balanced_choice(split: Split, count: int, seed: int) -> np.ndarray:
-    """The images that `balanced_subset` selects, as a mask: bool [N]."""
+def balanced_choice(split: Split, count: int, seed: int) -> np.ndarray:
+    """The images that `balanced_subset` selects, as a mask: bool [N].
+
+    Raises:
+        UsageError: `count` is not from 1 to len(split).
+    """
     if not 1 <= count <= len(split):
         raise UsageError(f"cannot take {count} of {len(split)} images: give 1 to {len(split)}")
     rng = np.random.default_rng(seed)
@@ -233,3 +239,8 @@ def _balanced_choice(split: Split, count: int, seed: int) -> np.ndarray:
     chosen = np.zeros(len(split), dtype=bool)
     chosen[np.lexsort((turns, rounds))[:count]] = True
     return chosen
+
+
+def near_duplicates() -> np.ndarray:
+    """The indices of CIFAR-100's test images that have a near-duplicate in the training set: int64 [418]."""
+    return np.loadtxt(NEAR_DUPLICATES, dtype=np.int64)

@@ -1,10 +1,13 @@
 """Data analysis for the notebook: statistics, outliers, duplicates, similar classes, augmentations.
 
 NumPy arrays in and out. Images are uint8 [N, 32, 32, 3], RGB, with levels from 0 to 255.
+
+    python -m inspection.eda     list the near-duplicates again, in cifar/near_duplicates.txt
 """
 
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cifar import dataset
 from cifar.augment import AUGMENTATIONS, OPERATIONS, train_transform
 from cifar.dataset import NUM_CLASSES, DatasetUnavailable, ImageData, balanced_subset, load_dataset
 from cifar.fast_transforms import A, Pipeline
+from core.cli import LOG, Parser, add_data_dir, run_main, start_log
 from core.errors import UsageError
+from core.files import atomic_write_text
 
+NEAR_DUPLICATE = 0.7  # similarity: by eye, most pairs above it are copies; the notebook shows them
 POOLED = 16  # side, in pixels, of the shrunk images that are compared
 COMPONENTS = 256  # of the 16 * 16 * 3 = 768 that these have
 Progress = Callable[[int], Iterable[int]]  # `range`, or a progress bar that counts like it
@@ -181,6 +188,18 @@ def nearest(
     return similarity, index
 
 
+def near_duplicates(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """The query images that have a near-duplicate in the gallery, as they are or mirrored: int64, increasing.
+
+    Args:
+        gallery: images, to which the whitening is fitted.
+    """
+    whiten = Whitening.fit(gallery)
+    vectors = whiten(gallery)
+    plain, mirrored = (nearest(whiten(images), vectors)[0] for images in (queries, queries[:, :, ::-1]))
+    return np.flatnonzero(np.maximum(plain, mirrored) >= NEAR_DUPLICATE)
+
+
 def agreement_by_band(
     similarity: np.ndarray, agrees: np.ndarray, edges: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -277,3 +296,26 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     numeric = [all(re.fullmatch(r"[-+]?[\d.,]*( %)?", str(cell)) for cell in column) for column in columns]
     lines = [header, ["--:" if right else ":--" for right in numeric], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the list that `dataset.near_duplicates` reads."""
+    text = "List CIFAR-100's test images that have a near-duplicate among the training images."
+    parser = Parser(prog="python -m inspection.eda", description=text, allow_abbrev=False)
+    add_data_dir(parser)
+    args = parser.parse_args(argv)
+    start_log(None)
+    data = load_dataset("cifar100", args.data_dir, url=args.data_url)
+    found = near_duplicates(data.test.images, data.train.images)
+    head = (
+        f"# Test images, counted from 0, with a similarity of {NEAR_DUPLICATE} or more to a training image,\n"
+        "# as they are or mirrored. Made by: python -m inspection.eda\n"
+    )
+    lines = "".join(f"{index}\n" for index in found)
+    atomic_write_text(dataset.NEAR_DUPLICATES, head + lines)
+    LOG.info(f"{len(found):,} of {len(data.test):,} test images: {dataset.NEAR_DUPLICATES}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, "python -m inspection.eda"))

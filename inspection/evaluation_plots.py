@@ -1,4 +1,4 @@
-"""Figures of an evaluation: calibration, confusion matrices, per-class bars, and one image's prediction.
+"""Figures of an evaluation: calibration, risk, shifts, confusions, per-class bars, one image's prediction.
 
 Class names are drawn as given, shortened where they are very long.
 """
@@ -10,7 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from inspection.metrics import Calibration
+from inspection.metrics import Calibration, RiskCoverage
 from inspection.style import BLUE, GREY, SKY_BLUE, VERMILLION, new_figure, styled
 
 MAX_NAME = 34  # characters; CIFAR-100's longest is large_omnivores_and_herbivores, 30
@@ -41,6 +41,38 @@ def reliability_figure(bins: Calibration, title: str) -> Figure:
     lower.yaxis.set(major_locator=MaxNLocator(5, integer=True), major_formatter="{x:,.0f}")
     upper.grid(axis="y")
     lower.grid(axis="y")
+    return figure
+
+
+@styled({"axes.grid": True})
+def risk_coverage_figure(curve: RiskCoverage, title: str) -> Figure:
+    """The percentage of misclassified images among the most confident ones, against how many these are."""
+    figure = new_figure(8, 5, title)
+    axes = figure.subplots()
+    axes.plot(curve.coverage_percent, curve.risk_percent, color=BLUE)
+    axes.fill_between(curve.coverage_percent, curve.risk_percent, color=SKY_BLUE, alpha=0.35, linewidth=0)
+    axes.set(xlabel="coverage: the most confident images (%)", ylabel="risk: misclassified among them (%)")
+    axes.set(xlim=(0, 100), ylim=(0, None))
+    axes.set_title(f"area under the curve {curve.area_percent:.2f} %")
+    return figure
+
+
+@styled()
+def shift_figure(accuracy: np.ndarray, shifts_px: Sequence[int], title: str) -> Figure:
+    """Accuracy in percent (float [S, S]) by how far the images are moved down (rows) and right (columns)."""
+    figure = new_figure(7, 6.5, title)
+    axes = figure.subplots()
+    high = accuracy.max()
+    low = min(accuracy.min(), high - 10)  # points: smaller differences, which are noise, look small
+    image = axes.imshow(accuracy, cmap="Blues", vmin=low, vmax=high)
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label("top-1 accuracy (%)")
+    for (row, column), value in np.ndenumerate(accuracy):
+        color = "white" if value > low + 0.7 * (high - low) else "black"
+        axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=color)
+    labels = [f"{pixels:+d}" if pixels else "0" for pixels in shifts_px]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="moved right by (pixels)", ylabel="moved down by (pixels)")
     return figure
 
 

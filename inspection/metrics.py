@@ -1,15 +1,17 @@
-"""Classification metrics: accuracies, loss, calibration, confusions, the most confident mistakes.
+"""Classification metrics: accuracies, loss, calibration, confusions, confident mistakes, paired comparisons.
 
 Pure functions on NumPy arrays: N images, K classes, labels from 0. Accuracies, precision, recall and F1 are
 in percent; confidences, probabilities and the calibration error are fractions from 0 to 1.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, so that results compare
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,33 @@ class ConfusedPair(NamedTuple):
         return self.first_as_second + self.second_as_first
 
 
+class PairedTest(NamedTuple):
+    """Classifier A against classifier B on the same N images.
+
+    `gained` images are classified correctly by A alone, `lost` ones by B alone. The difference is A's
+    accuracy minus B's, in percentage points; its standard error is that of a mean of N paired differences.
+    `p_value` is of McNemar's exact test.
+    """
+
+    gained: int
+    lost: int
+    difference_percent: float
+    standard_error_percent: float
+    p_value: float
+
+
+class RiskCoverage(NamedTuple):
+    """Selective prediction: only the most confident predictions are made, the other images are rejected.
+
+    `coverage_percent`, float64 [N], is the percentage of images that is not rejected, `risk_percent` [N] the
+    percentage of those that is misclassified. `area_percent` (AURC) is the mean risk over the N coverages.
+    """
+
+    coverage_percent: np.ndarray
+    risk_percent: np.ndarray
+    area_percent: float
+
+
 def score(logits: np.ndarray, labels: np.ndarray, superclass_of: np.ndarray) -> Scores:
     """All metrics of float [N, K] logits (or log-probabilities) and int [N] labels.
 
@@ -83,8 +112,11 @@ def score(logits: np.ndarray, labels: np.ndarray, superclass_of: np.ndarray) -> 
 
 
 def percent(hits: np.ndarray) -> float:
-    """The percentage of true values in bool [N]: 100 * hits / N, as everywhere in this project."""
-    return 100 * int(np.count_nonzero(hits)) / len(hits)
+    """The percentage of true values in bool [N]: 100 * hits / N, as everywhere in this project.
+
+    NaN for N = 0.
+    """
+    return 100 * int(np.count_nonzero(hits)) / len(hits) if len(hits) else math.nan
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -177,3 +209,72 @@ def confidently_wrong(logits: np.ndarray, labels: np.ndarray, count: int) -> np.
     wrong = np.flatnonzero(logits.argmax(axis=1) != labels)
     confidence = log_softmax(logits[wrong]).max(axis=1, initial=-np.inf)
     return wrong[np.argsort(-confidence, kind="stable")[:count]]
+
+
+def paired_test(correct_a: np.ndarray, correct_b: np.ndarray) -> PairedTest:
+    """Compare two classifiers by bool [N] each, whether they classify an image correctly (N > 0)."""
+    count = len(correct_a)
+    gained = int(np.count_nonzero(correct_a & ~correct_b))
+    lost = int(np.count_nonzero(correct_b & ~correct_a))
+    # the standard deviation of N differences of 1, -1 or 0, over the root of N
+    error = math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+    return PairedTest(gained, lost, 100 * (gained - lost) / count, 100 * error, mcnemar_p(gained, lost))
+
+
+def mcnemar_p(gained: int, lost: int) -> float:
+    """The two-sided p-value of McNemar's exact test, whose null hypothesis is that both are equally likely.
+
+    Twice the smaller binomial tail with probability 1/2, at most 1. The tail is summed in whole numbers and
+    divided at the end, so that neither many images nor a tiny p-value lose accuracy.
+    """
+    count = gained + lost
+    tail, term = 0, 1  # term: `count` choose `k`
+    for k in range(min(gained, lost) + 1):
+        tail += term
+        term = term * (count - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**count)
+
+
+def risk_coverage(logits: np.ndarray, labels: np.ndarray) -> RiskCoverage:
+    """Risk against coverage by the confidence of the prediction; images of equal confidence stay in order.
+
+    Geifman et al. 2019 (arXiv:1805.08206).
+    """
+    order = np.argsort(-log_softmax(logits).max(axis=1), kind="stable")
+    kept = np.arange(1, len(labels) + 1)
+    risk = 100 * np.cumsum((logits.argmax(axis=1) != labels)[order]) / kept
+    return RiskCoverage(100 * kept / len(labels), risk, float(risk.mean()))
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature T that minimises the cross-entropy of logits / T (Guo et al. 2017); 1 for no images.
+
+    It is from MIN_TEMPERATURE to MAX_TEMPERATURE. The loss is convex in 1 / T, so that bisection finds where
+    its derivative, the expected logit minus the label's, changes sign.
+    """
+    if not len(labels):
+        return 1.0
+    logits = logits.astype(np.float64)
+    own = logits[np.arange(len(labels)), labels].sum()
+    low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+    for _ in range(40):
+        middle = (low + high) / 2
+        probabilities = np.exp(log_softmax(logits / math.exp(middle)))
+        too_sharp = (probabilities * logits).sum() > own
+        low, high = (middle, high) if too_sharp else (low, middle)
+    return math.exp(middle)
+
+
+def cross_fit_temperature(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """Temperature scaling by two-fold cross-fitting: scaled logits, float64 [N, K], and both temperatures.
+
+    Each random half is divided by the temperature fitted on the other half, so that no image has a part in
+    choosing its own temperature.
+    """
+    half = np.random.default_rng(0).permutation(len(labels)) % 2 == 0
+    scaled = np.empty(logits.shape)
+    temperatures = []
+    for fold in (half, ~half):
+        temperatures.append(fit_temperature(logits[~fold], labels[~fold]))
+        scaled[fold] = logits[fold] / temperatures[-1]
+    return scaled, tuple(temperatures)

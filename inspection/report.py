@@ -21,15 +21,22 @@ from core.machine import device_name, precision_name, versions
 from inspection import metrics
 from inspection.curves import history_figure
 from inspection.eda_plots import tile_figure
-from inspection.evaluation_plots import confusion_figure, per_class_bars_figure, reliability_figure
-from inspection.inference import VIEWS
-from inspection.metrics import ConfusedPair, Scores
+from inspection.evaluation_plots import (
+    confusion_figure,
+    per_class_bars_figure,
+    reliability_figure,
+    risk_coverage_figure,
+    shift_figure,
+)
+from inspection.inference import SHIFTS_PX, VIEWS, ShiftAccuracy
+from inspection.metrics import ConfusedPair, PairedTest, RiskCoverage, Scores
 from inspection.style import png_bytes
 from model import count_parameters
 from training.checkpoint import LoadedModel
 from training.history import history_rows, weights_epoch
 
 PAIRS = 25  # confused pairs in the table
+COMPARISON_COLUMNS = ("Prediction", "A (%)", "B (%)", "A - B (points)", "Only A", "Only B", "McNemar's p")
 WORST, WORST_COLUMNS = 24, 8  # confidently wrong images, and how many of them in a row
 
 
@@ -38,7 +45,10 @@ class Evaluation:
     """A network's predictions for N test images of K classes, and how they were made.
 
     `name` begins the names of the report's files; `split` holds the images, `logits` is float32 [N, K];
-    `averaged` holds the metrics averaged over VIEWS, or None.
+    `averaged_logits`, log-probabilities averaged over VIEWS, and `averaged`, their metrics, are None without
+    --tta. The evaluation that is reported also has its accuracy on shifted images, bool [N] for CIFAR-100
+    (whether a test image has a near-duplicate among the training images), and `against`, the evaluation of
+    another network on the same images, or None.
     """
 
     name: str
@@ -51,7 +61,11 @@ class Evaluation:
     images_per_s: float
     logits: np.ndarray
     scores: Scores
+    averaged_logits: np.ndarray | None
     averaged: Scores | None
+    shifts: ShiftAccuracy | None = None
+    near_duplicate: np.ndarray | None = None
+    against: "Evaluation | None" = None
 
     @property
     def subject(self) -> str:
@@ -85,6 +99,51 @@ class Evaluation:
         return self.logits.argmax(axis=1)
 
     @cached_property
+    def correct(self) -> np.ndarray:
+        """bool [N]: whether the prediction is the label."""
+        return self.predictions == self.split.labels
+
+    @cached_property
+    def comparisons(self) -> list[tuple[str, Scores, Scores, PairedTest]]:
+        """(kind of prediction, own metrics, those of `against`, test): by a single view, and by VIEWS."""
+        a, b, labels = self, self.against, self.split.labels
+        if b is None:
+            return []
+        kinds = [("single view", a.scores, b.scores, a.logits, b.logits)]
+        if a.averaged:
+            averages = a.averaged_logits, b.averaged_logits
+            kinds.append((f"{len(VIEWS)} views", a.averaged, b.averaged, *averages))
+        return [
+            (kind, own, other, metrics.paired_test(x.argmax(axis=1) == labels, y.argmax(axis=1) == labels))
+            for kind, own, other, x, y in kinds
+        ]
+
+    @property
+    def near_duplicate_rows(self) -> list[tuple[str, int, float]]:
+        """("without" or "with" a near-duplicate, images, top-1 in percent: NaN for no images)."""
+        if self.near_duplicate is None:
+            return []
+        masks = {"without": ~self.near_duplicate, "with": self.near_duplicate}
+        return [(name, int(m.sum()), metrics.percent(self.correct[m])) for name, m in masks.items()]
+
+    @cached_property
+    def risk_coverage(self) -> RiskCoverage:
+        """Selective prediction by the confidence."""
+        return metrics.risk_coverage(self.logits, self.split.labels)
+
+    @property
+    def risk_rows(self) -> list[tuple[int, float]]:
+        """(coverage, risk), in percent, at every tenth, rounded up to whole images."""
+        risk, count = self.risk_coverage.risk_percent, len(self.split)
+        return [(tenth, float(risk[-(-count * tenth // 100) - 1])) for tenth in range(10, 101, 10)]
+
+    @cached_property
+    def cross_fitted(self) -> tuple[Scores, tuple[float, float]]:
+        """The metrics with a temperature fitted by two-fold cross-fitting, and the two temperatures."""
+        logits, temperatures = metrics.cross_fit_temperature(self.logits, self.split.labels)
+        return metrics.score(logits, self.split.labels, self.data.superclass_of), temperatures
+
+    @cached_property
     def matrix(self) -> np.ndarray:
         """int64 [K, K]: images by true and predicted class."""
         return metrics.confusion_matrix(self.split.labels, self.predictions, len(self.data.classes))
@@ -115,6 +174,52 @@ def score_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     ]
     names = ("Top-1 accuracy", "Top-5 accuracy", "Superclass accuracy", "Loss", "Calibration error")
     return list(zip(names, *columns, strict=True))
+
+
+def detail_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """(metric, value) of what the page shows further down, ready to print."""
+    scaled, temperatures = evaluation.cross_fitted
+    top1, images = evaluation.shifts
+    fitted = "with the temperatures {:.2f} and {:.2f}".format(*temperatures)
+    return [
+        *(
+            (f"Top-1, {name} a near-duplicate", f"{percent:.2f} % of {count:,} images")
+            for name, count, percent in evaluation.near_duplicate_rows
+        ),
+        ("Calibration error, two-fold cross-fit", f"{100 * scaled.calibration.ece:.2f} % {fitted}"),
+        ("Area under risk against coverage", f"{evaluation.risk_coverage.area_percent:.2f} %"),
+        ("Top-1, shifted images", f"{top1.min():.2f} to {top1.max():.2f} % of {images:,} images"),
+    ]
+
+
+def comparison_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """The cells of COMPARISON_COLUMNS for each of `comparisons`, ready to print."""
+    return [
+        (
+            kind,
+            f"{own.top1_percent:.2f}",
+            f"{other.top1_percent:.2f}",
+            f"{test.difference_percent:+.2f} ± {test.standard_error_percent:.2f}",
+            f"{test.gained:,}",
+            f"{test.lost:,}",
+            f"{test.p_value:.2g}",
+        )
+        for kind, own, other, test in evaluation.comparisons
+    ]
+
+
+def class_changes(evaluation: Evaluation) -> list[tuple[str, int, int, int]]:
+    """(class, images that this network alone classifies correctly, that the other alone does, difference).
+
+    Of all classes in which the networks differ, by a single view, the highest difference first.
+    """
+    names, labels, other = evaluation.data.classes, evaluation.split.labels, evaluation.against.correct
+    gained, lost = (
+        np.bincount(labels[mask], minlength=len(names)).tolist()
+        for mask in (evaluation.correct & ~other, other & ~evaluation.correct)
+    )
+    rows = [(name, g, b, g - b) for name, g, b in zip(names, gained, lost, strict=True) if g or b]
+    return sorted(rows, key=lambda row: -row[3])
 
 
 def confused_pairs(evaluation: Evaluation, count: int = PAIRS) -> list[tuple[str, str, ConfusedPair]]:
@@ -155,6 +260,12 @@ def draw_figures(evaluation: Evaluation) -> dict[str, bytes]:
     by_group = matrix[np.ix_(order, order)]
     figures = {
         "reliability": reliability_figure(evaluation.scores.calibration, f"Reliability: {title}"),
+        "risk_coverage": risk_coverage_figure(evaluation.risk_coverage, f"Risk and coverage: {title}"),
+        "shifts": shift_figure(
+            evaluation.shifts.top1_percent,
+            SHIFTS_PX,
+            f"Shifted images: {evaluation.subject}, a fifth of {evaluation.data_note}",
+        ),
         "confusion_superclasses": confusion_figure(
             evaluation.superclass_matrix, data.superclasses, None, f"Superclasses: {title}"
         ),
@@ -209,6 +320,9 @@ def render_page(evaluation: Evaluation, comparison: str, figures: dict[str, byte
         figures=embedded,
         views=len(VIEWS),
         score_rows=score_rows(evaluation),
+        comparison_columns=[(column, None) for column in COMPARISON_COLUMNS],
+        comparison_rows=comparison_rows(evaluation),
+        class_changes=class_changes(evaluation) if evaluation.against else [],
         superclass_rows=_rows_by_f1(evaluation.data.superclasses, evaluation.superclass_matrix),
         class_rows=_class_rows(evaluation),
         pair_rows=[
@@ -223,6 +337,7 @@ def render_page(evaluation: Evaluation, comparison: str, figures: dict[str, byte
                 pairwise(bins.edges), bins.counts, bins.accuracy, bins.confidence, strict=True
             )
         ],
+        shifts_px=SHIFTS_PX,
         setup=_setup_rows(evaluation),
         epochs=len(history_rows(evaluation.trained.state)),
     )
@@ -256,6 +371,8 @@ def _setup_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Test", evaluation.setting_note),
         ("Throughput", f"{evaluation.images_per_s:,.0f} images/s, without loading"),
     ]
+    if other := evaluation.against:
+        rows.append(("Compared with", f"{other.trained.path.name} ({other.subject}), {other.setting_note}"))
     if evaluation.averaged:
         views = f"{len(VIEWS)}: shifted by a pixel in four directions or not, mirrored or not; equal weights"
         rows.append(("Views", views))

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import evaluate
-from cifar import synthetic
+from cifar import dataset, synthetic
 from cifar.dataset import balanced_subset, load_dataset
 from core.cli import run_main
 from core.errors import RunError
 from core.machine import versions
 from helpers.small_run import NAMES, Evaluated, make_run
+from inspection.inference import ShiftAccuracy
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.engine import Metrics
 from training.engine import evaluate as engine_evaluate
@@ -27,6 +28,8 @@ from utils import make_test_batches
 def without_report(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """No report is drawn; the evaluations that it would have shown are in the list."""
     shown: list[Any] = []
+    nothing = ShiftAccuracy(np.zeros((5, 5)), 30)
+    monkeypatch.setattr(evaluate, "shift_accuracy", lambda *_, **__: nothing)  # the work of five passes
     monkeypatch.setattr(evaluate, "write_report", lambda evaluation, *_: shown.append(evaluation))
     return shown
 
@@ -66,6 +69,42 @@ def test_json_holds_every_metric_and_top1_and_loss_equal_the_history_to_the_last
     assert metrics["tta"]["loss"] != metrics["loss"]
 
 
+def test_json_holds_what_the_report_shows_further_down(evaluated) -> None:
+    found, evaluation = evaluated.metrics, evaluated.evaluation
+    shifts = found["shifts"]
+    assert (shifts["pixels"], shifts["images"]) == ([-4, -2, 0, 2, 4], 30)
+    assert shifts["top1"] == evaluation.shifts.top1_percent.tolist()
+    assert shifts["top1"][2][2] > 40 > shifts["top1"][0][0], (
+        "taught on these images, and these pixels are random"
+    )
+    risk = found["risk_coverage"]
+    assert list(risk["risk_at_coverage"]) == [str(tenth) for tenth in range(10, 101, 10)]
+    assert risk["risk_at_coverage"]["100"] == pytest.approx(100 - found["top1"])
+    assert risk["risk_at_coverage"]["10"] < risk["area"] < risk["risk_at_coverage"]["100"]
+    fitted = found["cross_fitted"]
+    assert fitted["loss"] < found["loss"] and 0 < fitted["ece"] < 1 and len(fitted["temperatures"]) == 2
+    assert found["against"] is None
+
+
+def test_near_duplicates_are_found_in_a_subset_by_their_numbers(
+    evaluated, without_report, tmp_path, monkeypatch
+) -> None:
+    """The list names every third test image; the run is tested on 150 of 200."""
+    monkeypatch.setattr(dataset, "NEAR_DUPLICATES", tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("# every third\n" + "\n".join(map(str, range(0, 10_000, 3))))
+    found = metrics_of(evaluated)["near_duplicates"]
+    (shown,) = without_report
+    data = load_dataset("cifar100", evaluated.data_dir).test
+    copies = {image.tobytes() for image in data.images[::3]}
+    listed = np.array([image.tobytes() in copies for image in shown.split.images])
+    assert shown.near_duplicate.tolist() == listed.tolist() and 30 < listed.sum() < 70
+    for name, mask in (("without", ~listed), ("with", listed)):
+        correct = shown.logits.argmax(axis=1)[mask] == shown.split.labels[mask]
+        assert found[name] == {"images": mask.sum(), "top1": pytest.approx(100 * correct.mean())}
+    (tmp_path / "list.txt").write_text("10000\n")
+    assert metrics_of(evaluated)["near_duplicates"]["with"] == {"images": 0, "top1": None}
+
+
 def test_results_of_a_finished_run_and_its_last_state_compare_too(evaluated, without_report, capsys) -> None:
     evaluated.run.finish({})
     for path in (evaluated.run.files.results, evaluated.run.files.last):
@@ -93,6 +132,35 @@ def test_other_weights_than_recorded_are_told(evaluated, without_report, tmp_pat
     assert "Warning: top-1 is" in out and "Different here: batches of 50." in out
 
 
+def test_two_networks_are_compared_image_by_image(evaluated, without_report, tmp_path, capsys) -> None:
+    """The other one prefers some classes, so that it gains and loses."""
+    model = load_checkpoint(evaluated.run.files.best)["model"]
+    model["fc.bias"] += torch.linspace(0, 12, 100)
+    path = changed_file(evaluated, tmp_path / "other.pth", model=model)
+    found = metrics_of(evaluated, "--against", path, "--tta")["against"]
+    alone = metrics_of(evaluated, "--weights", path, "--tta")
+    assert {key: found[key] for key in ("top1", "loss", "ece")} == {
+        k: alone[k] for k in ("top1", "loss", "ece")
+    }
+    assert found["tta"].items() <= alone["tta"].items()
+    assert (found["weights"], found["precision"]) == (path, "fp32")
+    shown, other = without_report
+    for kind, logits in (("single view", "logits"), ("10 views", "averaged_logits")):
+        a, b = (getattr(each, logits).argmax(axis=1) == each.split.labels for each in (shown, other))
+        paired = found["paired"][kind]
+        assert (paired["gained"], paired["lost"]) == ((a & ~b).sum(), (b & ~a).sum())
+        assert paired["gained"] > paired["lost"] > 0
+        assert paired["difference_percent"] == pytest.approx(100 * (a.mean() - b.mean()))
+        assert 0 < paired["p_value"] <= 1 and 0 < paired["standard_error_percent"] < 10
+    for key in ("gained", "lost"):
+        assert sum(row[key] for row in found["per_class"].values()) == found["paired"]["single view"][key]
+    best = max(found["per_class"].items(), key=lambda item: item[1]["gained"] - item[1]["lost"])[0]
+    out = capsys.readouterr().out
+    assert f"A is right more often on: {best} " in out and "B is right more often on: class_" in out
+    assert "McNemar's p" in out and metrics_of(evaluated)["against"] is None
+    assert metrics_of(evaluated, "--against", path, "--precision", "bf16")["against"]["precision"] == "bf16"
+
+
 def test_bf16_is_the_engines_bf16(evaluated, without_report) -> None:
     metrics = metrics_of(evaluated, "--precision", "bf16")
     split = balanced_subset(load_dataset("cifar100", evaluated.data_dir).test, 150, 3)
@@ -111,7 +179,7 @@ def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(
     metrics = metrics_of(evaluated, "--weights", str(tmp_path / "drawn_best.pth"))
     assert (metrics["dataset"], metrics["images"]) == ("synthetic", 100)
     assert "all 100 test images of the synthetic data (not CIFAR-100)" in capsys.readouterr().out
-    assert without_report[0].synthetic
+    assert without_report[0].synthetic and metrics["near_duplicates"] is None
 
 
 @pytest.mark.parametrize(
@@ -126,6 +194,10 @@ def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(
         (["--json", "small_best.pth"], 2, "is an input of this command"),
         (["--json", "photo.png"], 2, "photo.png exists and is not a .json file"),
         (["--output-dir", "empty", "--name", "x"], 2, "x_report.html: it is a folder"),
+        (["--against", "photo.png"], 1, "photo.png is not a checkpoint"),
+        (["--against", "small_best.pth"], 2, "is the file that is evaluated"),
+        (["--against", "other.pth", "--json", "other.pth"], 2, "is an input of this command"),
+        (["--against", "ten.pth"], 1, "ten.pth was trained on other classes (10)"),
     ],
 )
 def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, flags, code, words) -> None:
@@ -134,6 +206,11 @@ def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, flags, 
     Path("photo.png").write_bytes(b"photo")
     Path("empty/x_report.html").mkdir(parents=True)
     shutil.copy(evaluated.run.files.best, "small_best.pth")
+    shutil.copy(evaluated.run.files.best, "other.pth")
+    state = load_checkpoint("other.pth")
+    model = state["model"] | {name: state["model"][name][:10] for name in ("fc.weight", "fc.bias")}
+    ten = {name: state[name][:10] for name in ("classes", "superclass_of")} | {"model": model}
+    changed_file(evaluated, Path("ten.pth"), **ten)
     monkeypatch.setattr(evaluate, "timed_logits", None)  # nothing is computed
     weights = [] if words.startswith("no ") else ["--weights", "small_best.pth"]
     assert run_main(lambda: evaluate.main([*evaluated.flags, *weights, *flags]), "evaluate.py") == code

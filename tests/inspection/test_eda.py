@@ -1,13 +1,16 @@
 """Data analysis: exact statistics, planted outliers and duplicates, augmented examples."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cifar import dataset
 from cifar.augment import OPERATIONS, train_transform
-from cifar.dataset import DatasetUnavailable, ImageData, Split
+from cifar.dataset import DatasetUnavailable, ImageData, Split, load_dataset
 from core.errors import UsageError
+from helpers.tiny_cifar import install_tiny_cifar, tiny_contents
 from inspection import eda
 
 
@@ -122,6 +125,33 @@ def test_nearest_among_themselves_leaves_the_image_itself_out(block: int) -> Non
     assert index[[0, 2]].tolist() == [2, 0]
     assert similarity.tolist() == [1, 0, 1, 0]
     assert blocks == [-(-4 // block)]
+
+
+def test_the_command_lists_copies_as_they_are_and_mirrored(monkeypatch, tmp_path: Path, capsys) -> None:
+    contents = tiny_contents()
+    train, test = (contents[name]["data"].reshape(-1, 3, 32, 32) for name in ("train", "test"))
+    test[90], test[7] = train[3] // 2, train[150, :, :, ::-1]
+    install_tiny_cifar(monkeypatch, contents).lay(tmp_path)
+    monkeypatch.setattr(dataset, "NEAR_DUPLICATES", tmp_path / "list.txt")
+    assert eda.main(["--data-dir", str(tmp_path)]) == 0
+    assert dataset.near_duplicates().tolist() == [7, 90]
+    assert "2 of 100 test images" in capsys.readouterr().out
+
+
+def test_the_list_of_near_duplicates_is_sorted_and_of_the_test_images() -> None:
+    found = dataset.near_duplicates()
+    assert (found.dtype, found.shape) == (np.int64, (418,))
+    assert found[0] >= 0 and found[-1] < 10_000 and (np.diff(found) > 0).all()
+
+
+@pytest.mark.real_data
+def test_a_sample_of_the_list_is_what_the_search_finds(real_data_dir: Path) -> None:
+    data, listed = load_dataset("cifar100", real_data_dir), dataset.near_duplicates()
+    others = np.setdiff1d(np.arange(10_000), listed)
+    sample = np.concatenate([listed[::10], others[::100]])
+    found = sample[eda.near_duplicates(data.test.images[sample], data.train.images)]
+    # a similarity within rounding of the threshold may fall on either side
+    assert len(np.setxor1d(found, listed[::10])) <= 1
 
 
 def test_bands_count_pairs_and_examples_spread_from_the_top_of_a_band_to_its_end() -> None:

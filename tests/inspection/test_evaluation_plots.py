@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from inspection import evaluation_plots as plots
-from inspection.metrics import Calibration
+from inspection.metrics import Calibration, RiskCoverage
 
 BINS = Calibration(
     edges=np.linspace(0, 1, 6),
@@ -32,6 +32,27 @@ def test_reliability_bars_carry_the_bins_and_skip_the_empty_one() -> None:
     assert [bar.get_y() + bar.get_height() for bar in gap] == pytest.approx([30, 50, 70, 95])
     assert [bar.get_height() for bar in lower.containers[0]] == BINS.counts.tolist()
     assert "8.43 %" in upper.get_title()
+
+
+def test_risk_is_drawn_against_coverage() -> None:
+    curve = RiskCoverage(np.array([25.0, 50, 75, 100]), np.array([0, 0, 100 / 3, 50]), 20.83)
+    (axes,) = plots.risk_coverage_figure(curve, "t").axes
+    assert axes.lines[0].get_xydata().tolist() == [[25, 0], [50, 0], [75, 100 / 3], [100, 50]]
+    assert "20.83 %" in axes.get_title() and axes.get_xlim() == (0, 100) and axes.get_ylim()[0] == 0
+
+
+def test_shifts_are_cells_with_their_accuracy_and_noise_is_pale() -> None:
+    accuracy = np.arange(70.0, 79.0).reshape(3, 3)
+    axes = plots.shift_figure(accuracy, (-1, 0, 1), "t").axes[0]
+    (image,) = axes.images
+    assert image.get_array().tolist() == accuracy.tolist() and image.get_clim() == (68, 78)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["-1", "0", "+1"]
+    found = {text.get_position(): text for text in axes.texts}
+    assert found[2, 0].get_text() == "72.0" and found[0, 2].get_text() == "76.0", "x is to the right"
+    assert to_hex(found[0, 0].get_color()) == "#000000" and to_hex(found[2, 2].get_color()) == "#ffffff"
+    assert axes.yaxis_inverted(), "down is down"
+    flat = plots.shift_figure(np.zeros((3, 3)), (-1, 0, 1), "t").axes[0].images[0]
+    assert flat.get_clim() == (-10, 0)
 
 
 def test_confusion_by_superclass_has_lines_and_group_names() -> None:

@@ -1,11 +1,20 @@
 """Logits by the engine's own loop, bit by bit; averages over shifted and mirrored views."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from cifar.dataset import Split
 from core.errors import RunError
-from inspection.inference import VIEWS, averaged_log_probabilities, logits_of, shifted
+from inspection.inference import (
+    SHIFTS_PX,
+    VIEWS,
+    averaged_log_probabilities,
+    logits_of,
+    shift_accuracy,
+    shifted,
+)
 from model import build_model
 from training.engine import evaluate
 
@@ -78,3 +87,33 @@ def test_an_image_and_its_mirror_image_get_the_same_average(network, batches) ->
     _, one = logits_of(network, [(images, labels)])
     _, other = logits_of(network, [(images.flip(3), labels)])
     assert not torch.allclose(one, other, rtol=0, atol=1e-2), "of itself the network tells them apart"
+
+
+class BrightestPixel(nn.Module):
+    """Classifies an image by the row (or column) of its brightest pixel, and keeps its input."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.axis, self.seen = axis, []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images)
+        return self.scale * images.amax(dim=(1, self.axis))
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_a_shift_moves_all_images_and_uncovers_black(axis: int) -> None:
+    """The pixel stands at row and column 20, but 10 images of 25 are labelled as if it stood at 22."""
+    images = np.full((25, 32, 32, 3), 50, dtype=np.uint8)
+    images[:, 20, 20] = 255
+    labels = np.repeat([20, 22], [15, 10])
+    network = BrightestPixel(axis)
+    accuracy, count = shift_accuracy(network, Split(images, labels), batch_size=2)
+    assert count == 5 and SHIFTS_PX == (-4, -2, 0, 2, 4)
+    along = accuracy if axis == 2 else accuracy.T
+    assert along.shape == (5, 5) and (along == along[0]).all(), "the other direction plays no part"
+    assert sorted(along[0, 2:4]) == [40, 60] and not along[0, [0, 1, 4]].any()  # 2 or 3 of either label
+    first = network.seen[0][0]  # moved up and left by 4
+    black = first.amin(dim=(1, 2), keepdim=True)
+    assert torch.equal(first[:, 28:], black.expand(3, 4, 32)) and (first[:, :28, :28] > black).all()

@@ -113,3 +113,69 @@ def test_confidently_wrong_images_are_wrong_and_sorted() -> None:
     assert m.confidently_wrong(LOGITS, LABELS, 9).tolist() == [2, 1, 4]
     assert m.confidently_wrong(LOGITS, LABELS, 2).tolist() == [2, 1]
     assert m.confidently_wrong(LOGITS, LOGITS.argmax(axis=1), 2).tolist() == []
+
+
+def test_paired_test_of_a_small_case_worked_out_by_hand() -> None:
+    first, second = np.array([[1, 1, 1, 0, 0, 1], [1, 0, 0, 1, 0, 0]], dtype=bool)
+    found = m.paired_test(first, second)
+    assert (found.gained, found.lost, found.p_value) == (3, 1, 2 * (1 + 4) / 16)
+    assert found.difference_percent == pytest.approx(100 * 2 / 6)
+    assert found.standard_error_percent == pytest.approx(100 * math.sqrt(4 - 2 * 2 / 6) / 6)
+    assert found.standard_error_percent == pytest.approx(100 * np.std([0, 1, 1, -1, 0, 1]) / math.sqrt(6))
+    back = m.paired_test(second, first)
+    assert back.difference_percent == -found.difference_percent and back.p_value == found.p_value
+    assert m.paired_test(first, first) == (0, 0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [
+        (5, 0, 2 / 32),
+        (2, 10, 2 * (1 + 12 + 66) / 4096),
+        (7, 7, 1.0),
+        (1000, 0, 2.0**-999),
+        (4, 1000, 2.0**-1003 * sum(math.comb(1004, k) for k in range(5))),
+        (9000, 0, 0.0),  # less than any number
+    ],
+)
+def test_mcnemars_p_is_twice_the_binomial_tail(gained: int, lost: int, p: float) -> None:
+    assert m.mcnemar_p(gained, lost) == m.mcnemar_p(lost, gained) == pytest.approx(p, rel=1e-14)
+
+
+def test_mcnemars_p_of_thousands_of_images_approaches_the_normal_distributions() -> None:
+    z = (5_200 - 4_800 - 1) / math.sqrt(10_000)  # with Yates's correction
+    assert m.mcnemar_p(4_800, 5_200) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-2)
+
+
+def test_risk_at_each_coverage_of_a_small_case_worked_out_by_hand() -> None:
+    """By confidence: images 3 (right), 2 (wrong), 0 (right), 1 and 4 (wrong)."""
+    found = m.risk_coverage(LOGITS, LABELS)
+    assert found.coverage_percent.tolist() == [20, 40, 60, 80, 100]
+    risks = [0, 50, 100 / 3, 50, 60]
+    assert found.risk_percent == pytest.approx(risks)
+    assert found.area_percent == pytest.approx(sum(risks) / 5)
+
+
+def test_fitted_temperature_makes_the_confidence_the_accuracy() -> None:
+    """Logits (6, 0) for four images, three of the first class: exp(6 / T) is 3 at the minimum."""
+    logits, labels = np.tile(np.float32([6, 0]), (4, 1)), np.array([0, 0, 1, 0])
+    assert m.fit_temperature(logits, labels) == pytest.approx(6 / math.log(3), rel=1e-9)
+    assert m.fit_temperature(1e4 * logits, np.ones(4, dtype=int)) == pytest.approx(m.MAX_TEMPERATURE)
+    assert m.fit_temperature(logits, np.zeros(4, dtype=int)) == pytest.approx(m.MIN_TEMPERATURE)
+    assert m.fit_temperature(logits[:0], labels[:0]) == 1
+
+
+def test_no_image_has_a_part_in_its_own_temperature() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 3, (400, 5)).astype(np.float32), rng.integers(0, 5, 400)
+    labels[:200] = logits[:200].argmax(axis=1)
+    scaled, temperatures = m.cross_fit_temperature(logits, labels)
+    used = (logits / scaled).mean(axis=1)
+    first = np.isclose(used, temperatures[0])
+    assert first.sum() == 200 and np.allclose(used[~first], temperatures[1])
+    assert temperatures[0] == m.fit_temperature(logits[~first], labels[~first])
+    assert temperatures[1] == m.fit_temperature(logits[first], labels[first])
+    changed = np.where(first, logits.argmax(axis=1), labels)
+    _, others = m.cross_fit_temperature(logits, changed)
+    assert others[0] == temperatures[0] and others[1] < temperatures[1]
+    assert m.cross_fit_temperature(logits[:1], labels[:1])[0].shape == (1, 5)

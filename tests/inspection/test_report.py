@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from helpers.small_run import NAMES, Evaluated
+from inspection import metrics, report
 from inspection.report import Evaluation, draw_figures, render_page
 
 NASTY = "<script>alert(\"1\")</script> & 'x' {{ 7 }}"
@@ -45,6 +46,7 @@ def page_of(evaluation: Evaluation, comparison: str = "") -> Tags:
     buffer = io.BytesIO()
     Image.new("RGB", (2, 2)).save(buffer, "PNG")
     keys = ("confusion_superclasses", "f1", "confusion", "confidently_wrong", "reliability", "history")
+    keys += ("risk_coverage", "shifts")
     return Tags(render_page(evaluation, comparison, dict.fromkeys(keys, buffer.getvalue())))
 
 
@@ -52,7 +54,7 @@ def test_page_holds_figures_and_metrics_and_leads_nowhere_else(evaluated: Evalua
     html = evaluated.page.read_text("utf-8")
     tags = Tags(html)
     images = tags.of("img")
-    assert len(images) == 6
+    assert len(images) == 8
     contents = [
         base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
         for image in images
@@ -64,7 +66,7 @@ def test_page_holds_figures_and_metrics_and_leads_nowhere_else(evaluated: Evalua
             assert (picture.format, *map(str, picture.size)) == ("PNG", *size)
         assert len(image["alt"]) > 40
     files = set(evaluated.folder.glob("small_*.png")) - {evaluated.folder / "small_training_plots.png"}
-    assert len(files) == 5 and all(path.read_bytes() in contents for path in files)
+    assert len(files) == 7 and all(path.read_bytes() in contents for path in files)
     assert not re.search(r"https?:|//[a-z]", re.sub(r'src="[^"]*"', "", html))
     links = [value for _, found in tags.tags for key, value in found.items() if key in ("href", "src")]
     assert all(value.startswith(("#", "data:")) for value in links)
@@ -78,8 +80,13 @@ def test_page_holds_figures_and_metrics_and_leads_nowhere_else(evaluated: Evalua
     assert "so does the loss" in tags.text and "class_7 & <co>" in tags.text
     assert "a balanced subset of 150 of the 200 test images of CIFAR-100" in tags.text
     assert "synthetic" not in tags.text
-    assert len(tags.of("table")) == 6
-    assert [heading for heading, _ in tags.tags if heading in ("h1", "h2", "h3")] == ["h1"] + ["h2"] * 6
+    *details, _ = report.detail_rows(evaluated.evaluation)
+    assert len(details) == 4 and all(text.split(" %")[0] in tags.text for _, text in details)
+    top1 = evaluated.evaluation.shifts.top1_percent
+    assert any(f"from {top1.min():.1f} to {top1.max():.1f} %" in image["alt"] for image in images)
+    assert "a class-balanced fifth of the test images (30)" in tags.text and "is black" in tags.text
+    assert len(tags.of("table")) == 9
+    assert [heading for heading, _ in tags.tags if heading in ("h1", "h2", "h3")] == ["h1"] + ["h2"] * 9
 
 
 def test_text_from_outside_never_becomes_markup(evaluated: Evaluated) -> None:
@@ -103,8 +110,31 @@ def test_page_marks_sorting_missing_values_and_synthetic_data(evaluated: Evaluat
     assert empty and cells.count("") >= 2 * empty and "nan" not in cells
     assert all(box["tabindex"] == "0" for box in tags.of("div") if box.get("role") == "region")
     data = replace(evaluation.data, name="synthetic")
-    text = page_of(replace(evaluation, data=data)).text
+    text = page_of(replace(evaluation, data=data, near_duplicate=None)).text
+    assert "Near-duplicates" not in text
     assert "top-1 on synthetic data" in text and "These results say nothing about CIFAR-100." in text
+
+
+def test_page_compares_two_networks_and_lists_the_classes_that_differ(evaluated: Evaluated) -> None:
+    a = evaluated.evaluation
+    assert "Only B" not in page_of(a).text
+    logits = a.logits.copy()
+    label = a.split.labels[0]
+    logits[a.split.labels == label] = np.eye(100)[label]  # B is right on all of this class
+    b = replace(a, logits=logits, scores=metrics.score(logits, a.split.labels, a.data.superclass_of))
+    tags = page_of(replace(a, against=b))
+    gained = int((~a.correct[a.split.labels == label]).sum())
+    (row,) = report.class_changes(replace(a, against=b))
+    assert gained > 0 and row == (a.data.classes[label], 0, gained, -gained)
+    single, averaged = report.comparison_rows(replace(a, against=b))
+    assert single[1] == f"{a.scores.top1_percent:.2f}" and single[2] == f"{b.scores.top1_percent:.2f}"
+    assert single[3].startswith(f"-{100 * gained / 150:.2f} ± ") and single[4:6] == ("0", str(gained))
+    assert averaged[3:] == ("+0.00 ± 0.00", "0", "0", "1")
+    for cell in (*single, *averaged):
+        assert cell in tags.text
+    assert len(tags.of("h2")) == len(page_of(a).of("h2")) + 1
+    same = page_of(replace(a, against=a))
+    assert len(same.of("table")) == len(tags.of("table")) - 1, "no class differs"
 
 
 @pytest.mark.parametrize("wrong", [0, 9])
@@ -166,7 +196,7 @@ def test_page_works_in_a_browser(evaluated: Evaluated, tmp_path: Path, width: in
     assert found, done.stderr[-2000:]
     seen = json.loads(Tags(found.group(0)).text)
     assert seen["problems"] == []
-    assert len(seen["widths"]) == 6 and all(seen["widths"])
+    assert len(seen["widths"]) == 8 and all(seen["widths"])
     assert seen["overflow"] <= 0, "the page itself never scrolls sideways"
     assert seen["names_up"] != seen["names_down"] == seen["names_up"][::-1]
     assert set(seen["names_up"]) == set(NAMES["fine_label_names"])
