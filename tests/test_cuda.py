@@ -1,4 +1,4 @@
-"""Training on a GPU, for whoever has one: `python -m pytest -m cuda -n 0`; on synthetic images, without data."""
+"""Training on a GPU, on synthetic images, for whoever has one: `python -m pytest -m cuda -n 0`."""
 
 import os
 import subprocess
@@ -81,7 +81,7 @@ def test_a_run_is_evaluated_on_a_machine_without_cuda(tmp_path: Path) -> None:
     assert f"Device: {torch.cuda.get_device_name(DEVICE)}, " in run(*SHORT, "--output-dir", tmp_path)
     weights = tmp_path / "CNN_Model_synthetic_best.pth"
     flags = ["--limit-test", "200", "--output-dir", tmp_path]
-    assert "Top-1" in run("evaluate.py", "--weights", weights, *flags, CUDA_VISIBLE_DEVICES="")
+    assert "Top-1 accuracy" in run("evaluate.py", "--weights", weights, *flags, CUDA_VISIBLE_DEVICES="")
 
 
 def test_a_deterministic_run_repeats_and_resumes_after_a_kill_to_the_same_bytes(tmp_path: Path) -> None:
