@@ -121,7 +121,7 @@ def train(
         model = build_model(recipe.model, num_classes=len(data.classes), **recipe.network_options)
         model = model.to(device, memory_format=torch.channels_last)
         files.check_space(sum(value.nbytes for value in model.state_dict().values()))
-        log_header(recipe, model, device, images=(len(train_split), len(test_split)))
+        log_header(recipe, model, device, files, images=(len(train_split), len(test_split)))
         teacher = load_teacher(recipe, data, device, files)  # early: a missing one must cost nothing
         train_loader = make_train_loader(
             train_split,
@@ -227,7 +227,21 @@ def finish(run: Run, test_batches: list[tuple]) -> None:
     run.finish(final_test)
     for line in analyse(run.history, run.recipe, run.best["epoch"], run.elapsed_s, final_test):
         LOG.info(line)
-    LOG.info(f"Results: {run.files.results}")
+    LOG.info(next_steps(run.files))
+
+
+def next_steps(files: RunFiles) -> str:
+    """Where the plots are, and the commands that use what the run left."""
+
+    def command(*words: object) -> str:
+        return shell_command(["python", *map(str, words)])
+
+    return f"""
+Plots:    {files.path("_training_plots.png")}
+Results:  {files.results}
+Evaluate: {command("evaluate.py", "--weights", files.best)}
+Classify: {command("predict.py", "--weights", files.best, "photo.jpg")}
+Export:   {command("export.py", "--weights", files.best)}"""
 
 
 # ---- before training: recipe, data, files ----
@@ -416,25 +430,32 @@ def plot_curves(run: Run) -> None:
         )
 
 
-def log_header(recipe: Recipe, model: nn.Module, device: torch.device, *, images: tuple[int, int]) -> None:
-    """Log what is trained and, to trace it by, the command and the versions.
+def log_header(
+    recipe: Recipe, model: nn.Module, device: torch.device, files: RunFiles, *, images: tuple[int, int]
+) -> None:
+    """Log what is trained; to trace it by, the log file also gets the command and the versions.
 
     Args:
         images: the numbers of training and test images.
     """
+    cpu = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    LOG.info(f"Device:   {device_name(device)}, {precision_name(recipe.precision, device)}{cpu}")
+    LOG.info(f"Network:  {recipe.model}, {count_parameters(model):,} parameters")
+    LOG.info(f"Data:     {recipe.data_note} ({images[0]:,} training, {images[1]:,} test images)")
     LOG.info(
-        f"Device: {device_name(device)}, {precision_name(recipe.precision, device)} | "
-        f"Network: {recipe.model}, {count_parameters(model):,} parameters | Data: {recipe.data_note}, "
-        f"{images[0]:,} train / {images[1]:,} test | Recipe: SGD, batch {recipe.batch_size}, "
-        f"weight decay {recipe.weight_decay:g}, {recipe.scheduler}, {recipe.augment} augmentation, "
-        f"seed {recipe.seed}{recipe.non_default_note}"
+        f"Recipe:   SGD, batch {recipe.batch_size}, weight decay {recipe.weight_decay:g}, "
+        f"{recipe.scheduler}, {recipe.augment} augmentation, seed {recipe.seed}"
     )
-    LOG.info(f"Command: {shell_command(['python', *sys.argv])}")
-    if device.type == "cpu":
-        spin = os.environ.get("GOMP_SPINCOUNT", "not set")
-        LOG.info(f"Threads: {torch.get_num_threads()}, GOMP_SPINCOUNT {spin}")
-    found = {"code": code_version(), **versions()}
-    LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()))
+    for note in recipe.non_default_notes:
+        LOG.info(f"          {note}")
+    LOG.info(f"Output:   {files.path('_*')}")
+    LOG.debug(f"Command: {shell_command(['python', *sys.argv])}")
+    found = {
+        "code": code_version(),
+        **versions(),
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "not set"),
+    }
+    LOG.debug("Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()))
 
 
 if __name__ == "__main__":

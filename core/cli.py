@@ -259,7 +259,7 @@ class _TqdmHandler(logging.Handler):
 
 
 def start_log(path: Path | None) -> None:
-    """Send LOG to standard output and, if a path is given, append it to that file.
+    """Send LOG to standard output and, if a path is given, append it to that file, with the debug lines.
 
     Ranks other than 0 log errors only, and to standard output alone.
 
@@ -269,9 +269,9 @@ def start_log(path: Path | None) -> None:
     for handler in list(LOG.handlers):
         LOG.removeHandler(handler)
         handler.close()
-    LOG.setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
+    LOG.setLevel(logging.DEBUG if distributed.is_main() else logging.ERROR)
     LOG.propagate = False
-    LOG.addHandler(_TqdmHandler())
+    LOG.addHandler(_TqdmHandler(logging.INFO))
     if path is not None and distributed.is_main():
         try:
             file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")

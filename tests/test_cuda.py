@@ -78,7 +78,7 @@ def test_compiled_steps_agree_with_eager_ones(techniques: dict, caplog: pytest.L
 
 
 def test_a_run_is_evaluated_on_a_machine_without_cuda(tmp_path: Path) -> None:
-    assert f"Device: {torch.cuda.get_device_name(DEVICE)}, " in run(*SHORT, "--output-dir", tmp_path)
+    assert f"Device:   {torch.cuda.get_device_name(DEVICE)}, " in run(*SHORT, "--output-dir", tmp_path)
     weights = tmp_path / "CNN_Model_synthetic_best.pth"
     flags = ["--limit-test", "200", "--output-dir", tmp_path]
     assert "Top-1 accuracy" in run("evaluate.py", "--weights", weights, *flags, CUDA_VISIBLE_DEVICES="")

@@ -89,22 +89,35 @@ def test_it_leaves_its_files_and_a_log_of_what_was_shown_without_bars(finished: 
     endings = ["_best.pth", "_history.csv", "_last.prev.pth", "_last.pth", "_log.txt", "_lr_finder.png"]
     endings += ["_training_plots.png", "_training_results.pth"]
     assert sorted(path.name for path in finished.folder.iterdir()) == [f"CNN_Model{e}" for e in endings]
-    assert finished.path("_log.txt").read_text("utf-8") == finished.out
+    log = finished.path("_log.txt").read_text("utf-8").splitlines(keepends=True)
+    traces = [line for line in log if line.startswith(("Command: ", "Versions: "))]  # in the file alone
+    assert len(traces) == 2 and "".join(line for line in log if line not in traces) == finished.out
     assert finished.err == ""
     assert "\r" not in finished.out and "\x1b" not in finished.out
 
 
 def test_the_first_lines_say_what_is_trained(finished: Finished) -> None:
     parameters = count_parameters(stand_in_network(BasicBlock))
-    first, command, versions = finished.out.splitlines()[:3]
-    assert re.match(
-        rf"Device: .+, fp32 \| Network: resnet20, {parameters:,} parameters \| "
-        r"Data: CIFAR-100, 300 train / 200 test \| Recipe: SGD, batch 100, weight decay 0.0005, multistep, "
-        r"reference augmentation, seed 0",
-        first,
-    )
-    assert command.startswith("Command: python ") and versions.startswith("Versions: code ")
-    assert f"torch {version('torch')}" in versions and "\nTraining: 10 epochs, " in finished.out
+    device, *others = finished.out.splitlines()[:6]
+    assert re.match(r"Device:   .+, fp32, \d+ threads$", device)
+    assert others[:4] == [
+        f"Network:  resnet20, {parameters:,} parameters",
+        "Data:     CIFAR-100 (300 training, 200 test images)",
+        "Recipe:   SGD, batch 100, weight decay 0.0005, multistep, reference augmentation, seed 0",
+        f"Output:   {finished.path('_*')}",
+    ]
+    log = finished.path("_log.txt").read_text("utf-8")
+    assert "\nCommand: python " in log and "\nVersions: code " in log and f"torch {version('torch')}" in log
+    assert "\nTraining: 10 epochs, " in finished.out
+
+
+def test_the_last_lines_are_commands_that_use_the_run(finished: Finished) -> None:
+    *_, plots, results, evaluate, predict, export = finished.out.splitlines()
+    assert plots == f"Plots:    {finished.path('_training_plots.png')}"
+    assert results == f"Results:  {finished.path('_training_results.pth')}"
+    best = finished.path("_best.pth")
+    for line, script in ((evaluate, "evaluate.py"), (predict, "predict.py"), (export, "export.py")):
+        assert line.partition(":")[2].split()[:4] == ["python", script, "--weights", str(best)]
 
 
 def test_a_line_an_epoch_in_the_references_form_with_marks(finished: Finished) -> None:
@@ -179,7 +192,6 @@ def test_the_run_ends_with_an_analysis(finished: Finished) -> None:
         "Generalisation gap:",
         "Train loss:",
         "Total time:",
-        f"Results: {finished.path('_training_results.pth')}",
     ]
     words += [f"\n  {phase} " for phase in ("1-4", "5-7", "8-9", "10-10")]
     assert all(word in finished.out for word in words), finished.out
@@ -201,7 +213,7 @@ def test_with_a_validation_split_the_test_images_are_read_once_at_the_end(quick,
     assert main([*QUICK, "--epochs", "3", "--val-split", "100"]) == 0
     assert tested == [100] * 3 + [200] * 2  # the best and the last epoch
     out = capsys.readouterr().out
-    assert "100 held out for validation, 200 train / 200 test" in out
+    assert "100 held out for validation (200 training, 200 test images)" in out
     assert [match[5] for match in epoch_lines(out)] == ["Val"] * 3
     table = columns("output/CNN_Model_history.csv")
     assert list(table)[-2:] == ["val_loss", "val_acc_percent"] and "test_acc_percent" not in table
@@ -225,7 +237,9 @@ def test_a_subset_says_so_wherever_its_metrics_stand(quick, capsys) -> None:
     assert main([*QUICK, "--epochs", "1", "--limit-train", "200", "--limit-test", "100"]) == 0
     out = capsys.readouterr().out
     note = "CIFAR-100, 200 training images only, 100 test images only"
-    assert f"Data: {note}, 200 train / 100 test" in out and f"Analysis (resnet20, {note})" in out
+    assert (
+        f"Data:     {note} (200 training, 100 test images)" in out and f"Analysis (resnet20, {note})" in out
+    )
     assert "Training: 1 epoch, " in out
     assert titles and all(note in title for title in titles)
     assert load("output/CNN_Model_best.pth")["recipe"]["limit_train"] == 200
@@ -249,7 +263,7 @@ def test_a_synthetic_run_says_so_everywhere(quick, finder, capsys, name) -> None
     assert len(titles) >= 2 and all("synthetic data (not CIFAR-100)" in title for title in titles)
     out = capsys.readouterr().out
     assert all("CIFAR-100" not in line.replace("(not CIFAR-100)", "") for line in out.splitlines())
-    for start in ("Device: ", "Epoch [", "Analysis ("):
+    for start in ("Data: ", "Epoch [", "Analysis ("):
         lines = [line for line in out.splitlines() if line.startswith(start)]
         assert lines and all("synthetic" in line for line in lines), start
     [results] = Path("output").glob("*_training_results.pth")

@@ -112,14 +112,21 @@ def analyse(
 
 
 def _phases(history: Sequence[Mapping[str, Any]], recipe: Recipe, column: str, label: str) -> list[str]:
-    """A line for each phase between two drops of the rate; one for the whole run where there are none."""
-    bounds = [0, *(m for m in recipe.milestone_epochs if m < len(history)), len(history)]
-    lines = [f"  Epochs        learning rate   train accuracy      {label} accuracy"]
+    """A line for each phase between two drops of the rate, or, where it changes with each batch, for each
+    quarter of the run, with the rates of the first batches of its epochs."""
+    count = len(history)
+    inner = {count * quarter // 4 for quarter in (1, 2, 3)}
+    if recipe.scheduler == "multistep":
+        inner = set(recipe.milestone_epochs)
+    bounds = [0, *sorted(epoch for epoch in inner if 0 < epoch < count), count]
+    lines = [f"  Epochs        learning rate     train accuracy      {label} accuracy"]
     for start, end in itertools.pairwise(bounds):
         a, b = history[start], history[end - 1]
         epochs = f"{start + 1}-{end}"
+        rates = [row["learning_rate"] for row in history[start:end]]
+        rate = " - ".join(f"{value:.2g}" for value in dict.fromkeys((min(rates), max(rates))))
         lines.append(
-            f"  {epochs:<13} {a['learning_rate']:<15.4g} "
+            f"  {epochs:<13} {rate:<17} "
             f"{a['train_acc_percent']:5.2f}% -> {b['train_acc_percent']:5.2f}%    "
             f"{a[column]:5.2f}% -> {b[column]:5.2f}%"
         )

@@ -256,11 +256,11 @@ class Recipe:
         return f"learning rate {self.lr:g}" + (f", x {self.gamma:g} after {drops}" if drops else "")
 
     @property
-    def non_default_note(self) -> str:
-        """The techniques that differ from the reference's, as ", flag value" each; empty where none do."""
+    def non_default_notes(self) -> list[str]:
+        """The techniques that differ from the reference's, as "flag value" each."""
         techniques = [f for f in dataclasses.fields(self) if f.metadata["group"] == TECHNIQUES]
         changed = {f.name: getattr(self, f.name) for f in techniques if getattr(self, f.name) != f.default}
-        return "".join(f", {name.replace('_', '-')} {value}" for name, value in changed.items())
+        return [f"{flag_of(name).removeprefix('--')} {_as_text(value)}" for name, value in changed.items()]
 
     @property
     def network_options(self) -> dict[str, float]:

@@ -67,6 +67,21 @@ def test_each_phase_of_the_schedule_has_its_line() -> None:
     assert phases[1][2:] == ["13.00%", "->", "14.00%", "11.50%", "->", "12.00%"]
 
 
+def test_where_the_rate_changes_with_each_batch_quarters_have_lines_with_its_range() -> None:
+    rows = [
+        row | {"learning_rate": rate}
+        for row, rate in zip(history(6), (1, 3, 2, 0.5, 0.25, 0.125), strict=True)
+    ]
+    lines = analyse(rows, Recipe(epochs=6, scheduler="onecycle"), 5, 1.0, {})
+    start = next(number for number, line in enumerate(lines) if "learning rate" in line)
+    assert [line[:34].strip() for line in lines[start + 1 : start + 5]] == [
+        "1-1           1",
+        "2-3           2 - 3",
+        "4-4           0.5",
+        "5-6           0.12 - 0.25",
+    ]
+
+
 def test_a_risen_loss_is_an_increase() -> None:
     rows = history(2)
     rows[1]["test_loss"] = 7.5

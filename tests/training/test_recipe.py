@@ -311,8 +311,11 @@ def test_the_schedule_and_the_techniques_are_named() -> None:
     assert Recipe(epochs=100).schedule_note == "learning rate 0.1, x 0.2 after 40, 70, 85"
     assert Recipe(epochs=1).schedule_note == "learning rate 0.1"
     assert "0.3" in Recipe(scheduler="onecycle", max_lr=0.3).schedule_note
-    assert Recipe(lr=0.3, augment="none").non_default_note == ""
-    assert Recipe(decay_bn=False, mix="both").non_default_note == ", decay-bn False, mix both"
+    assert Recipe(lr=0.3, augment="none").non_default_notes == []
+    assert Recipe(decay_bn=False, image_sizes=(24, 32)).non_default_notes == [
+        "decay-bn False",
+        "image-sizes 24 32",
+    ]
 
 
 @pytest.mark.parametrize(
