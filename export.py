@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
 def find_data(trained: LoadedModel, data_dir: Path) -> dataset.ImageData | None:
     """The data that the network was trained on, if it is here or can be drawn; nothing is downloaded."""
     name = trained.recipe.dataset
-    here = (data_dir / dataset.FOLDER / "train").is_file() or (data_dir / dataset.ARCHIVE).is_file()
-    return dataset.load_dataset(name, data_dir) if here or name != "cifar100" else None
+    here = name != "cifar100" or dataset.find_folder(data_dir) is not None
+    return dataset.load_dataset(name, data_dir) if here else None
 
 
 def describe(trained: LoadedModel, with_preprocessing: bool) -> dict[str, Any]:

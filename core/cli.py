@@ -27,6 +27,7 @@ MAX_ATTEMPTS = 100
 # How long ranks other than 0 wait before they print an error.
 ERROR_DELAY_S = 2.0
 PRECISIONS = ("fp32", "bf16")
+DATA_DIR = Path("data")  # default of --data-dir
 
 
 def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> T:
@@ -150,8 +151,9 @@ class Parser(argparse.ArgumentParser):
 def add_data_dir(group: argparse._ActionsContainer, *, download: bool = True) -> None:
     """Add --data-dir and, for the scripts that may download the data set, --data-url."""
     if_missing = "it is downloaded there if missing" if download else "nothing is downloaded"
-    text = f"folder with cifar-100-python/; {if_missing} (default: $CIFAR_DATA, else data)"
-    folder = Path(os.environ.get("CIFAR_DATA") or "data")
+    text = f"folder with cifar-100-python/; {if_missing} (default: $CIFAR_DATA, else data, here or beside "
+    text += "the scripts)"
+    folder = Path(os.environ.get("CIFAR_DATA") or DATA_DIR)
     group.add_argument("--data-dir", type=Path, default=folder, metavar="DIR", help=text)
     if download:
         text = "try this address or local archive first (default: $CIFAR100_URL)"
