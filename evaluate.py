@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     start_log(None)
     device = choose_device(args.device)
-    trained = load_model(args.weights or find_weights(args.output_dir), device)
+    trained = load_model(args.weights or find_weights(args.output_dir), device, args.model)
     files = RunFiles(args.output_dir, args.name or run_name(trained))
     files.prepare()
     check_output(files.path("_report.html"), [".html"])

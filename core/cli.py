@@ -162,9 +162,11 @@ def add_data_dir(group: argparse._ActionsContainer, *, download: bool = True) ->
 
 
 def add_weights(group: argparse._ActionsContainer, folder_help: str) -> None:
-    """Add --weights and --output-dir, for the scripts that use a trained network."""
+    """Add --weights, --model and --output-dir, for the scripts that use a trained network."""
     text = "checkpoint of train.py (default: the best run in the output folder, else the included weights)"
     group.add_argument("--weights", type=Path, metavar="FILE", help=text)
+    text = "network of --weights, for weights that another program saved (a state dict by torch.save)"
+    group.add_argument("--model", metavar="NAME", help=text)
     text = f"{folder_help} (default: output)"
     group.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR", help=text)
 

@@ -91,6 +91,14 @@ def test_the_file_computes_what_the_network_does_and_describes_itself(
         assert str(Path(export.__file__).parent).encode() not in content
 
 
+def test_weights_of_unknown_training_are_exported_and_nothing_is_said_of_it(tmp_path, weights) -> None:
+    torch.save(load_model(weights).model.state_dict(), tmp_path / "mine.pth")
+    flags = ["--format", "torchscript", "--model", "resnet20"]
+    assert run(tmp_path / "mine.pth", tmp_path, *flags) == 0
+    meta = metadata((tmp_path / "resnet20.torchscript").read_bytes(), "torchscript")
+    assert meta["network"] == "resnet20" and "trained_on" not in meta
+
+
 @pytest.mark.parametrize("spoil", [lambda x: x + 2e-4, lambda x: x * float("nan")])
 def test_a_file_that_differs_is_not_written(tmp_path, weights, monkeypatch, spoil) -> None:
     real = export.load_exported
