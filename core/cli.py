@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -33,9 +34,10 @@ DATA_DIR = Path("data")  # default of --data-dir
 def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> T:
     """Ask `question` on standard input until `parse` accepts the answer; an empty answer means `default`.
 
-    Works at a terminal and from a pipe, where the answer is echoed to keep the log readable. At the end of
-    input the default is used, and announced as `shown`. A wrong answer, for which `parse` raises ValueError,
-    is explained. Only rank 0 asks; every rank gets its answer.
+    Works at a terminal and from a pipe, where a line before the first question says how to answer, and each
+    answer is echoed to keep the log readable. At the end of input the default is used, and announced as
+    `shown`. A wrong answer, for which `parse` raises ValueError, is explained. Only rank 0 asks; every rank
+    gets its answer.
 
     Raises:
         UsageError: MAX_ATTEMPTS answers were wrong.
@@ -45,6 +47,8 @@ def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> 
 
 
 def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) -> T:
+    if not is_interactive():
+        _say_how_to_answer()
     for _ in range(MAX_ATTEMPTS):
         try:
             text = _read_line(question)
@@ -58,6 +62,12 @@ def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) 
         except ValueError as error:
             print(f"  {error}", flush=True)
     raise UsageError(f"{MAX_ATTEMPTS} wrong answers to {question.strip()!r}: pass a flag instead, or --yes")
+
+
+@functools.cache
+def _say_how_to_answer() -> None:
+    """Where standard input is no terminal, say once what answers the questions."""
+    print("No terminal: pipe the answers, one per line, or pass --yes or the flags instead.", flush=True)
 
 
 def _read_line(question: str) -> str:
