@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import train
+from cifar import dataset
 from cifar.dataset import load_dataset
 from core import cli, distributed
 from helpers import REPOSITORY
+from helpers.tiny_cifar import TinyCifar
 from model import build_model
 from training import engine
 from training import run as run_module
@@ -132,6 +134,99 @@ def test_two_processes_train_as_one(tmp_path: Path, started: list) -> None:
         assert theirs["final_test"][kind] == pytest.approx(ours["final_test"][kind], abs=1e-3)
         assert theirs["final_test"][kind]["images"] == 151
     assert (tmp_path / "out.txt").read_text().count("Epoch [1/2]") == 1  # only rank 0 prints
+
+
+# train.py with a look-alike of CIFAR-100.
+WITH_TINY_CIFAR = """
+import sys
+import pytest
+import train
+from cifar import dataset
+from core.cli import run_main
+from helpers.tiny_cifar import install_tiny_cifar, tiny_contents
+install_tiny_cifar(pytest.MonkeyPatch(), tiny_contents())
+dataset.SOURCES = ["/nowhere.tar.gz"]
+sys.exit(run_main(train.main, "train.py"))
+"""
+ON_TWO_MACHINES = ["--yes", "--model", "resnet20", "--lr", "0.05", "--epochs", "2", "--batch-size", "60"]
+ON_TWO_MACHINES += ["--val-split", "20", "--workers", "0", "--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture
+def two_machines(tmp_path: Path, tiny_cifar: TinyCifar) -> list[Path]:
+    """Two folders with WITH_TINY_CIFAR as tiny.py, the data set in the first, its archive in the second."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "tiny.py").write_text(WITH_TINY_CIFAR)
+    tiny_cifar.lay(folders[0] / "data")
+    (folders[1] / "mine.tar.gz").write_bytes(tiny_cifar.archive)
+    return folders
+
+
+def on_each(folders: list[Path], started: list, flags: list[str], *launcher: str) -> list[int]:
+    """Run tiny.py in every folder, by torchrun with the options `launcher` where there are any; exit codes.
+
+    Its output goes to out.txt and err.txt there. Nothing may be left of it.
+    """
+    port, first = free_port(), len(started)
+    paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    for rank, folder in enumerate(folders):
+        own = {"PYTHONPATH": paths, "CIFAR_DATA": str(folder / "data")}
+        env = (
+            environment(**own) if launcher else rank_environment(str(rank), port) | own | {"LOCAL_RANK": "0"}
+        )
+        options = [*launcher, f"--node-rank={rank}", f"--master-port={port}"]
+        torchrun = ["-m", "torch.distributed.run", *options] if launcher else []
+        started.append(start([sys.executable, *torchrun, "tiny.py", *flags], folder, "", env))
+    return [process.wait(timeout=PATIENCE_S) for process in started[first:]]
+
+
+def outputs(folders: list[Path], name: str) -> list[str]:
+    return [(folder / f"{name}.txt").read_text() for folder in folders]
+
+
+def test_two_machines_without_a_common_disk_train_and_resume_as_one(
+    two_machines, started, tiny_cifar
+) -> None:
+    first, second = two_machines
+    launcher = ["--nnodes=2", "--master-addr=127.0.0.1", "--nproc-per-node=1"]
+    flags = [*ON_TWO_MACHINES, "--data-url", (second / "mine.tar.gz").as_uri()]
+    codes = on_each(two_machines, started, flags, *launcher)
+    assert codes == [0, 0], outputs(two_machines, "err")
+    content = {path.name: path.read_bytes() for path in (second / "data" / dataset.FOLDER).iterdir()}
+    assert content == tiny_cifar.members
+    said = f"CIFAR-100 is not in {second / 'data'}: downloading it to {second / 'data'}"
+    assert [said in err for err in outputs(two_machines, "err")] == [False, True]
+    out, silent = outputs(two_machines, "out")
+    assert out.count("Epoch [2/2]") == 1 and silent == ""
+    assert not (second / "output").exists()
+    results = load(first / "output" / "CNN_Model_training_results.pth")
+    assert {test["images"] for test in results["final_test"].values()} == {100}
+
+    # from the state after the first epoch, which is on the first machine only: to the same results
+    resume = ["--resume", "output/CNN_Model_last.prev.pth", "--workers", "0", "--device", "cpu"]
+    assert on_each(two_machines, started, resume) == [0, 0], outputs(two_machines, "err")
+    assert "Resumed output/CNN_Model_last.prev.pth: epoch 2" in outputs(two_machines, "out")[0]
+    again = load(first / "output" / "CNN_Model_training_results.pth")
+    for key in ("history", "final_test"):
+        assert again[key] == results[key]
+    assert all(torch.equal(again["model"][name], value) for name, value in results["model"].items())
+
+    assert on_each(two_machines, started, ["--resume"]) == [0, 0], outputs(two_machines, "err")
+    assert "The run is finished" in outputs(two_machines, "out")[0]
+    assert not (second / "output").exists()
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_machine_without_data_ends_the_run_on_both(two_machines, started, broken) -> None:
+    folders = [two_machines[1], two_machines[0]] if broken == 0 else two_machines
+    assert on_each(folders, started, ON_TWO_MACHINES) == [1, 1]
+    errors = outputs(folders, "err")
+    assert "train.py: error: CIFAR-100 could not be downloaded:\n  /nowhere.tar.gz: " in errors[broken]
+    line = f"train.py: error: the machine of rank {broken} has no data: CIFAR-100 could not be downloaded\n"
+    assert errors[1 - broken] == line
+    assert outputs(folders, "out") == ["", ""]
 
 
 def test_one_process_resumes_what_two_were_interrupted_in(tmp_path, started, monkeypatch) -> None:
@@ -291,6 +386,31 @@ def in_two_processes(folder: Path, started: list, worker: str) -> list:
     codes = [process.wait(timeout=PATIENCE_S) for process in started]
     assert codes == [0, 0], "".join((folder / f"err{rank}.txt").read_text()[-2000:] for rank in (0, 1))
     return [load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+# The data set is unavailable, and a person sits at the terminal of rank 0.
+OFFER = """
+import io, sys, train
+from cifar.dataset import DatasetUnavailable
+from training.recipe import Recipe
+from training.settings import Settings, build_parser
+
+def load_dataset(name, *_, **__):
+    if name == "cifar100":
+        raise DatasetUnavailable("no source")
+    return name
+
+train.load_dataset, train.is_interactive = load_dataset, lambda: rank == 0
+sys.stdin = io.StringIO("y")
+settings = Settings.from_args(build_parser().parse_args([]))
+data, recipe = train.load_data(Recipe(precision=["bf16", "fp32"][rank]), settings)
+result = data, recipe.dataset, recipe.precision
+"""
+
+
+def test_the_answer_and_the_precision_of_rank_0_hold_on_every_rank(tmp_path: Path, started: list) -> None:
+    assert in_two_processes(tmp_path, started, OFFER) == [("synthetic", "synthetic", "bf16")] * 2
+    assert [(tmp_path / f"out{rank}.txt").read_text().count("no source") for rank in (0, 1)] == [1, 0]
 
 
 ALL_REDUCES = """
