@@ -435,6 +435,31 @@ def test_an_epoch_takes_one_all_reduce_a_batch_and_one_for_the_metrics(tmp_path:
     assert in_two_processes(tmp_path, started, ALL_REDUCES) == [[2, 2, 2, 3]] * 2
 
 
+# One image of the rank `broken` has a NaN.
+NAN_ON_ONE_RANK = """
+import math
+from core.errors import RunError
+from training.engine import evaluate
+from utils import normalize
+result = []
+for broken in (0, 1):
+    [(images, labels)] = small_net.batches_of(8)
+    batch = normalize(images)
+    if rank == broken:
+        batch[3, 0, 0, 0] = math.nan
+    try:
+        evaluate(small_net.small_net(), [(batch, labels)])
+    except RunError as error:
+        result.append(str(error).partition(":")[0])
+"""
+
+
+def test_a_nan_in_one_ranks_test_images_is_an_error_on_both(tmp_path: Path, started: list) -> None:
+    own = "the loss became NaN or infinite in batch 1 of the test"
+    other = "the loss became NaN or infinite in another process's part of the test"
+    assert in_two_processes(tmp_path, started, NAN_ON_ONE_RANK) == [[own, other], [other, own]]
+
+
 # Compilation fails on the rank `broken`, in the forward pass or in the backward pass.
 COMPILATION = """
 from training import engine
