@@ -270,7 +270,8 @@ def load_data(recipe: Recipe, settings: Settings) -> tuple[ImageData, Recipe]:
             data = load_dataset(recipe.dataset, settings.data_dir, url=settings.data_url)
         except RunError as error:
             failure = error
-    reasons = distributed.gather_objects(failure and str(failure).splitlines()[0].rstrip(":"))
+    reason = failure and str(failure).splitlines()[0].rstrip(":")
+    reasons = distributed.gather_objects(reason, "the data set")
     may_offer = not settings.yes and settings.resume is None and is_interactive()
     if distributed.broadcast_object(isinstance(failure, DatasetUnavailable) and may_offer):
         if distributed.is_main():

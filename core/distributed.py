@@ -96,14 +96,22 @@ def start(device: torch.device, *, sync_bn: bool = False) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     line = f"Waiting for {world_size() - 1} more process(es) at {address}"
+    with _announced(line), _default_signals():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        _waiting_group()
+
+
+@contextlib.contextmanager
+def _announced(line: str) -> Iterator[None]:
+    """Print `line` on the main process where the block takes longer than SILENT_WAIT_S."""
     notice = threading.Timer(SILENT_WAIT_S, print, [line], {"flush": True})
     notice.daemon = True
     if is_main():
         notice.start()
-    with _default_signals():
-        dist.init_process_group(backend, timeout=TIMEOUT)
-        _waiting_group()
-    notice.cancel()
+    try:
+        yield
+    finally:
+        notice.cancel()
 
 
 @contextlib.contextmanager
@@ -157,11 +165,15 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
-def gather_objects(value: object) -> list[object]:
-    """Every rank's `value` (any picklable object), by rank, on every rank."""
+def gather_objects(value: object, what: str) -> list[object]:
+    """Every rank's `value` (any picklable object), by rank, on every rank.
+
+    Args:
+        what: named where the main process waits long for the others.
+    """
     values = [value] * world_size()
     if world_size() > 1:
-        with _default_signals():
+        with _announced(f"Waiting for {what} on other processes"), _default_signals():
             dist.all_gather_object(values, value, group=_waiting_group())
     return values
 
