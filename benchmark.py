@@ -24,6 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import core  # before torch: it sets up torch's threads
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,7 +40,7 @@ from core.machine import (
     choose_device,
     choose_workers,
     device_name,
-    native_bf16,
+    fastest_precision,
     precision_name,
     set_up_torch,
     usable_cores,
@@ -127,7 +130,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
     """
     device, batch_size, precision = choose_device(args.device), args.batch_size, args.precision
     if precision == "auto":
-        precision = "bf16" if native_bf16(device) else "fp32"
+        precision = fastest_precision(device)
     images = args.images or (EPOCH_IMAGES if device.type == "cuda" else 512 if args.quick else 1024)
     if not batch_size <= images <= EPOCH_IMAGES:
         raise UsageError(f"--images takes {batch_size} (the batch size) to {EPOCH_IMAGES}, not {images}")
@@ -172,8 +175,11 @@ def plain_process(setting: Setting, train: Split, test: Split) -> Iterator[Calla
     options = {name: getattr(setting, name) for name in ("model", "device", "batch_size", "steps", "workers")}
     options |= {"train": (train.images, train.labels), "test": (test.images, test.labels)}
     command, pipe = [sys.executable, str(PLAIN_RECIPE)], subprocess.PIPE
+    # the plain recipe runs without the setting of core/__init__.py, unless it is the user's
+    own = {"GOMP_SPINCOUNT"} if core.SETS_SPIN_COUNT else set()
+    env = {name: value for name, value in os.environ.items() if name not in own}
     # in a session of its own, so that Ctrl-C reaches this process alone, which then ends the other
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True) as process:
 
         def measure(row: str) -> float:
             try:
@@ -284,7 +290,7 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> float:
 def describe_machine(setting: Setting) -> dict[str, Any]:
     """What the results were measured on, as plain types, and how fast its convolutions are."""
     device = torch.device(setting.device)
-    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[setting.precision]
     return {
         "device": device_name(device),
         "processor": processor_name(),

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import core  # noqa: F401 (before torch: it sets up torch's threads)
+
+# isort: split
 import torch
 
 from cifar.dataset import balanced_subset, load_dataset

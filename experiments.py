@@ -16,6 +16,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import core  # noqa: F401 (before torch: it sets up torch's threads)
+
+# isort: split
 import torch
 
 from core.cli import LOG, Parser, plain_name, run_main, start_log, whole_number

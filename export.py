@@ -26,6 +26,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import core  # noqa: F401 (before torch: it sets up torch's threads)
+
+# isort: split
 import numpy as np
 import torch
 from torch import nn

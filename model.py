@@ -149,7 +149,8 @@ class ResNet(nn.Module):
     Normalised float images [N, 3, H, W] -> logits [N, num_classes]. The stages are 16, 32 and 64
     channels wide, times `widen`. Block i of L drops its branch at rate `drop_path * i / L` (linear
     in depth, as Huang et al. advise). Convolutions start from Kaiming normal (fan_out, relu),
-    BatchNorm from 1 and 0, linear layers from torch's own Kaiming uniform with zero bias.
+    BatchNorm from 1 and 0, the last layer from normal(0, 0.01) and bias 0, so that the first loss is near
+    ln(num_classes), and the linear layers of squeeze-and-excitation from torch's Kaiming uniform and bias 0.
 
     Raises:
         ValueError: (forward) images of another rank, channel count or size.
@@ -188,6 +189,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        nn.init.normal_(self.fc.weight, std=0.01)
         if zero_init_residual:  # each block starts as its shortcut alone (Goyal et al. 2017, 1706.02677)
             for module in blocks:
                 nn.init.zeros_(module.conv2.weight if self.pre_activation else module.bn2.weight)

@@ -9,47 +9,40 @@ The results go to standard output, image by image; errors and the progress bar g
 that cannot be read is reported, the others are classified all the same, and the exit code is 1.
 """
 
-import functools
 import glob
 import itertools
 import json
 import os
 import re
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import core  # noqa: F401 (before torch: it sets up torch's threads)
+
+# isort: split
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from core.cli import LOG, Parser, add_processor, add_weights, progress_bar, run_main, start_log, whole_number
 from core.errors import RunError, UsageError, printable
 from core.machine import autocast, choose_device, set_up_torch, usable_cores
 from inspection.evaluation_plots import prediction_figure
+from inspection.images import OTHER_EXTENSIONS, image_formats, read_image
+from inspection.inference import VIEWS, mean_probabilities, shifted
 from inspection.style import write_png
 from training.checkpoint import LoadedModel, find_weights, load_model
 from utils import normalize
 
-SIZE = 32  # pixels, side of the square that the network takes
 PREVIEW_PX = 384  # the longer side of an image drawn beside its bars
 # Threads that decode files; each may hold a whole image, up to a gigabyte for the largest ones allowed.
 MAX_READERS = 4
-# Pillow reads more, but some of those start other programs (EPS), and photographs come in none of them.
-# Formats that this build of Pillow lacks are left out.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI")
-FORMATS += ("TGA", "TIFF", "WEBP")
-# Pillow's limit against decompression bombs: a quarter of a gigabyte of RGB. Pillow itself only warns there,
-# and refuses twice as many. Here it holds for the decoded size: JPEG files are decoded at a reduced one.
-MAX_PIXELS = 89_478_485
-# A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size, which is several times faster, as long as its sides
-# stay this many times those of the result: the rest of the reduction is still antialiased.
-DRAFT_MARGIN = 4
 
 
 @dataclass(eq=False)
@@ -74,7 +67,11 @@ def build_parser() -> Parser:
         prog="predict.py",
         description="Classify images with a network that train.py trained.",
         epilog="Each image is turned upright, put over white where it is transparent, cropped to the largest "
-        "square at its centre and resized to 32x32 (antialiased); a 32x32 image is used as it is.",
+        "square at its centre and resized to 32x32 (antialiased); a 32x32 image is used as it is. White is "
+        "the largest level of the file's bits. 16-bit levels all below 16384 may be those of a camera with "
+        "12 or 14 bits: they are refused, unless a PNG file says so (sBIT). Signed, 32-bit and "
+        "floating-point levels are taken to lie between 0 and 255, or floating-point ones between 0 and 1, "
+        "and refused if they do not, or reach less than a quarter of that.",
         allow_abbrev=False,
     )
     flag = parser.add_argument
@@ -83,7 +80,11 @@ def build_parser() -> Parser:
     add_weights(parser, "folder of the runs, where --weights is not given")
     flag("--topk", type=whole_number(1), default=5, metavar="K", help="classes per image (default: 5)")
     flag("--json", action="store_true", help="print one JSON object per line and image instead of the table")
-    flag("--save", type=Path, metavar="DIR", help="also draw each image with its bars, as PNG in DIR")
+    text = "also draw each image with its bars, as PNG in DIR; replaces earlier drawings, never an input"
+    flag("--save", type=Path, metavar="DIR", help=text)
+    text = f"average the probabilities over {len(VIEWS)} views of each image, as evaluate.py --tta does: "
+    text += f"shifted by a pixel in four directions or not, mirrored or not ({len(VIEWS)} times the work)"
+    flag("--tta", action="store_true", help=text)
     text = "images per batch (default: 128)"
     flag("--batch-size", type=whole_number(1, 100_000), default=128, metavar="N", help=text)
     add_processor(parser)
@@ -91,25 +92,23 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Classify the images that the arguments name; 1 if any could not be read, else 0."""
+    """Classify the images that the arguments name; 1 if any could not be read or drawn, else 0."""
     args = build_parser().parse_args(argv)
     device = choose_device(args.device)
     trained = load_model(args.weights or find_weights(args.output_dir), device, args.model)
     if args.topk > len(trained.classes):
         raise UsageError(f"--topk {args.topk}: the network has {len(trained.classes)} classes")
     set_up_torch(trained.recipe.seed, device, deterministic=False)
+    protected = set()
     if args.save is not None:
-        try:
-            args.save.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot make the folder {args.save}: {error.strerror}") from None
+        protected = prepare_folder(args.save, [*args.inputs, str(trained.path)])
     start_log(None)
     if not args.json:
         path = printable(trained.path, 300)
         trained_on = f", trained on {trained.trained_on}" if trained.trained_on else ""
         LOG.info(f"{trained.recipe.model} from {path}{trained_on}")
 
-    number, failed, width = 0, 0, max(map(len, trained.classes))
+    number, failed, not_drawn, width = 0, 0, 0, max(map(len, trained.classes))
     with warnings.catch_warnings(), progress_bar(unit="image") as bar:
         if not bar.disable and "-" not in args.inputs:  # standard input can be read only once
             bar.reset(total=sum(1 for _ in find_images(args.inputs)))
@@ -119,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             find_images(args.inputs),
             batch_size=args.batch_size,
             topk=args.topk,
+            tta=args.tta,
             precision=args.precision or trained.recipe.precision,
             preview_px=PREVIEW_PX if args.save is not None else 0,
         )
@@ -130,13 +130,19 @@ def main(argv: list[str] | None = None) -> int:
                 as_json = {"path": result.path, "predictions": result.predictions}
                 LOG.info(json.dumps(as_json) if args.json else as_table(result, width))
                 if args.save is not None:
-                    save_drawing(result, trained, args.save, number)
+                    try:
+                        save_drawing(result, trained, args.save, number, protected)
+                    except RunError as error:
+                        not_drawn += 1
+                        report(f"error: {printable(error, 600)}")
             bar.update()
     if not number:
         raise RunError("no image was named: the list on standard input is empty")
     if failed:
         report(f"{failed:,} of {number:,} inputs could not be read")
-    return 1 if failed else 0
+    if not_drawn:
+        report(f"{not_drawn:,} of {number - failed:,} drawings could not be written")
+    return 1 if failed or not_drawn else 0
 
 
 def report(message: str) -> None:
@@ -149,9 +155,10 @@ def find_images(arguments: Iterable[str]) -> Iterator[Result]:
     """The files that the arguments mean, in order, each found only when it is asked for.
 
     An argument is a file of any name; a folder, for all files in it and below it that have the extension of
-    an image (hidden ones and links to folders left out), sorted by name; a pattern with *, ? or [...] (** for
-    folders of any depth), unless a file has that very name, for the files that match; or "-" for the files
-    and folders named on standard input, one per line. Where there is nothing, a Result with an error says so.
+    an image, also one that cannot be read (hidden ones and links to folders left out), sorted by name; a
+    pattern with *, ? or [...] (** for folders of any depth), unless a file has that very name, for the files
+    that match; or "-" for the files and folders named on standard input, one per line. Where there is
+    nothing, a Result with an error says so.
 
     Raises:
         RunError: standard input is closed or cannot be read.
@@ -161,10 +168,12 @@ def find_images(arguments: Iterable[str]) -> Iterator[Result]:
             for name in filter(None, _lines_of_stdin()):
                 yield from _file_or_folder(name)
         elif not os.path.lexists(argument) and glob.has_magic(argument):
-            names = sorted(filter(os.path.isfile, glob.iglob(argument, recursive=True)))
+            names = sorted(itertools.filterfalse(os.path.isdir, glob.iglob(argument, recursive=True)))
             yield from map(Result, names)
             if not names:
-                yield Result(argument, "no file matches this pattern")
+                start = os.path.dirname(re.split(r"[*?[]", argument, maxsplit=1)[0]) or "."
+                denied = os.path.isdir(start) and not os.access(start, os.R_OK | os.X_OK)
+                yield Result(argument, "permission denied" if denied else "no file matches this pattern")
         else:
             yield from _file_or_folder(argument)
 
@@ -185,11 +194,12 @@ def _file_or_folder(name: str) -> Iterator[Result]:
         yield Result(name)
         return
     found, problems = False, []
+    extensions = image_formats().keys() | OTHER_EXTENSIONS
     for here, folders, files in os.walk(name, onerror=problems.append):
         # macOS leaves ._photo.jpg beside photo.jpg on foreign disks
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         for file in sorted(files):
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in _formats():
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in extensions:
                 found = True
                 yield Result(os.path.join(here, file))
     for problem in problems:
@@ -198,81 +208,44 @@ def _file_or_folder(name: str) -> Iterator[Result]:
         yield Result(name, "no image files in this folder")
 
 
-@functools.cache
-def _formats() -> dict[str, str]:
-    """From extension (.jpg) to format, for those of FORMATS that this build of Pillow reads."""
-    extensions = Image.registered_extensions()
-    return {key: name for key, name in extensions.items() if name in FORMATS and name in Image.OPEN}
+def prepare_folder(folder: Path, arguments: Iterable[str]) -> set[tuple[int, int]]:
+    """Create the folder of the drawings and check that files can be written there.
 
-
-def read_image(path: str, preview_px: int = 0) -> Result:
-    """The image file at `path`, upright, with transparent parts over white: the square at its centre as
-    `pixels`, and with `preview_px` the whole image as `preview`, at most that high and wide.
-
-    White, since browsers and viewers show it behind transparent parts. The largest square at the centre is
-    resized by Pillow's bicubic filter: it averages all pixels that fall into one of the result, so it
-    antialiases at every ratio (the box filter does so for whole ratios only, Lanczos draws halos), and it
-    enlarges smoothly too. A 32x32 image is unchanged. Of 16-bit grey levels the high byte is used, as Pillow
-    does with 16-bit colour; of an animation the first frame. Colour profiles are not applied.
-    """
-    if not os.path.isfile(path):  # reading a pipe or a device might never end
-        return Result(path, "not a regular file" if os.path.lexists(path) else "no such file")
-    try:
-        with Image.open(path, formats=tuple(dict.fromkeys(_formats().values()))) as image:
-            return Result(path, None, *_pixels_and_preview(image, preview_px))
-    except RunError as error:
-        reason = str(error)
-    except Image.UnidentifiedImageError:
-        reason = "not an image that can be read (JPEG, PNG, WebP, TIFF, BMP, GIF, ...)"
-    except Image.DecompressionBombError:
-        reason = f"more than {2 * MAX_PIXELS // 10**6} million pixels: refused"
-    except MemoryError:
-        reason = "too large for the available memory"
-    except Exception as error:  # Pillow's readers raise many types on a damaged file
-        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        reason = f"cannot be read: {reason}"
-    return Result(path, reason)
-
-
-def _pixels_and_preview(image: Image.Image, preview_px: int) -> tuple[np.ndarray, np.ndarray | None]:
-    side = max(DRAFT_MARGIN * SIZE, preview_px)
-    image.draft(None, (side, side))  # has an effect on JPEG alone
-    if image.width * image.height > MAX_PIXELS:
-        raise RunError(f"more than {MAX_PIXELS // 10**6} million pixels: refused")
-    ImageOps.exif_transpose(image, in_place=True)
-    upright = _to_rgb(image)
-    width, height = upright.size
-    left, top = max(width - height, 0) / 2, max(height - width, 0) / 2
-    box = (left, top, width - left, height - top)
-    # reducing_gap: first by whole factors to 3 times the size, then the filter; faster, and looks the same
-    square = upright.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
-    if not preview_px:
-        return np.array(square), None
-    upright.thumbnail((preview_px, preview_px), Image.Resampling.BICUBIC)
-    return np.array(square), np.array(upright)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB, transparent parts over white.
+    Returns:
+        The files in it that the arguments mean and that no drawing may replace, by device and inode; all of
+        them where the inputs are listed on standard input, which can be read only once.
 
     Raises:
-        RunError: its levels are floating-point numbers in no range that images have.
+        RunError: it cannot be created or written to.
     """
-    if image.mode.startswith("I"):  # Pillow's modes I;16, I;16B, ..., and I for the same in older versions
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = Image.fromarray(levels.astype(np.uint8))
-    elif image.mode == "F":
-        levels = np.asarray(image)
-        if not (levels.min() >= 0 and levels.max() <= 255):  # nor with NaN
-            raise RunError("floating-point levels outside 0 to 1 and 0 to 255")
-        scale = 255 if levels.max() <= 1 else 1
-        image = Image.fromarray(np.rint(levels * scale).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    background = Image.new("RGB", layer.size, "white")
-    background.paste(layer, mask=layer.getchannel("A"))
-    return background
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        files = {_identity(path) for path in folder.iterdir()} - {None}
+    except OSError as error:
+        raise RunError(f"cannot make the folder {folder}, or write there: {error.strerror}") from None
+    if files and "-" not in arguments:
+        files.intersection_update(_identity(found.path) for found in find_images(arguments))
+    return files
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def read(found: Result, preview_px: int) -> Result:
+    """`found` with the pixels of its file, and its preview if `preview_px` is not 0; or with the error."""
+    if found.error is None:
+        try:
+            found.pixels, found.preview = read_image(found.path, preview_px)
+        except RunError as error:
+            found.error = str(error)
+    return found
 
 
 def predict(
@@ -281,6 +254,7 @@ def predict(
     *,
     batch_size: int,
     topk: int = 5,
+    tta: bool = False,
     precision: str = "fp32",
     preview_px: int = 0,
 ) -> Iterator[Result]:
@@ -291,10 +265,10 @@ def predict(
     found = iter(found)
     with ThreadPoolExecutor(min(MAX_READERS, usable_cores())) as readers:
         while batch := list(itertools.islice(found, batch_size)):
-            batch = list(readers.map(lambda x: x if x.error else read_image(x.path, preview_px), batch))
+            batch = list(readers.map(read, batch, itertools.repeat(preview_px)))
             if images := [result for result in batch if result.error is None]:
                 pixels = np.stack([result.pixels for result in images])
-                labels, probabilities = classify(trained, pixels, topk, precision)
+                labels, probabilities = classify(trained, pixels, topk, precision, tta)
                 for result, *top in zip(images, labels.tolist(), probabilities.tolist(), strict=True):
                     result.predictions = [
                         {
@@ -310,25 +284,34 @@ def predict(
 
 @torch.inference_mode()
 def classify(
-    trained: LoadedModel, images: np.ndarray, topk: int, precision: str
+    trained: LoadedModel, images: np.ndarray, topk: int, precision: str, tta: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `topk` most likely labels, int64 [N, K], of `images` (uint8 [N, 32, 32, 3]) and their
     probabilities, float32 [N, K], descending; equal ones in the order of their labels.
 
     Computed as in testing: with batches of the same size the logits equal those of testing bit for bit. With
     others, some processors add in another order, which changes the last bits of float32 (more with bf16).
+    With `tta`, the probabilities are averaged over views of each image, as those of `evaluate.py --tta` are.
 
     Raises:
         RunError: a logit is NaN or infinite: the weights are corrupt.
     """
     device = next(trained.model.parameters()).device
     batch = normalize(torch.from_numpy(images).to(device))
-    with autocast(device, precision):
-        logits = trained.model(batch).float().cpu()
-    if not logits.isfinite().all():
-        raise RunError(f"{trained.path} gives NaN or infinite logits: its weights are corrupt")
+
+    def logits_of(batch: torch.Tensor) -> torch.Tensor:
+        with autocast(device, precision):
+            logits = trained.model(batch).float().cpu()
+        if not logits.isfinite().all():
+            raise RunError(f"{trained.path} gives NaN or infinite logits: its weights are corrupt")
+        return logits
+
+    if tta:
+        mean = mean_probabilities(logits_of(shifted(batch, *view)) for view in VIEWS).float()
+    else:
+        mean = logits_of(batch).softmax(1)
     # on the CPU: the sort there is stable, and topk is not
-    probabilities, labels = logits.softmax(1).sort(dim=1, descending=True, stable=True)
+    probabilities, labels = mean.sort(dim=1, descending=True, stable=True)
     return labels[:, :topk], probabilities[:, :topk]
 
 
@@ -341,16 +324,27 @@ def as_table(result: Result, width: int) -> str:
     return "\n".join(lines)
 
 
-def save_drawing(result: Result, trained: LoadedModel, folder: Path, number: int) -> Path:
+def save_drawing(
+    result: Result, trained: LoadedModel, folder: Path, number: int, protected: Container[tuple[int, int]]
+) -> Path:
     """Draw the image with its bars as NUMBER_NAME.png in `folder`: NAME is the file's, and NUMBER, counted
-    from 1 over all inputs, distinguishes files of one name in several folders."""
+    from 1 over all inputs, distinguishes files of one name in several folders.
+
+    Raises:
+        RunError: it cannot be written, or would replace one of the files `protected` (`prepare_folder`).
+    """
     name = Path(result.path).name
-    safe = re.sub(r"[^\w.-]", "_", os.path.splitext(name)[0])[:80]
+    safe = re.sub(r"[^\w.-]", "_", os.path.splitext(name)[0])
+    # in bytes, which file systems count: at most 255, some 143, with what is added here and while writing
+    safe = safe.encode()[:100].decode(errors="ignore")
+    path = folder / f"{number:05d}_{safe}.png"
+    if _identity(path) in protected:
+        raise RunError(f"{path} exists and is, or may be, an input: no drawing replaces it, see --save")
     names, values = zip(*((row["class"], row["probability"]) for row in result.predictions), strict=True)
     network = ", ".join(filter(None, (trained.recipe.model, trained.trained_on)))
     title = f"{printable(name, 60)} ({network})"
     figure = prediction_figure(result.preview, names, values, title)
-    return write_png(figure, folder / f"{number:05d}_{safe}.png")
+    return write_png(figure, path)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,16 @@ Plots, history and checkpoints are in output/; `python train.py --help` lists ev
 """
 
 import math
+import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import core  # noqa: F401 (before torch: it sets up torch's threads)
+
+# isort: split
 import numpy as np
 import torch
 from torch import nn
@@ -42,7 +46,7 @@ from core.machine import (
     choose_workers,
     code_version,
     device_name,
-    native_bf16,
+    fastest_precision,
     precision_name,
     set_up_torch,
     versions,
@@ -245,7 +249,7 @@ def choose_recipe(given: dict[str, Any], saved: SavedRun | None, device: torch.d
     if saved is not None:
         check_resume_flags(given, saved.recipe)
         return replace(saved.recipe, precision=precision or saved.recipe.precision)
-    precision = precision or ("bf16" if native_bf16(device) else "fp32")
+    precision = precision or fastest_precision(device)
     recipe = recipe_from({**given, "precision": precision})
     if recipe.batch_size % distributed.world_size():
         raise UsageError(
@@ -440,6 +444,9 @@ def log_header(recipe: Recipe, model: nn.Module, device: torch.device, *, images
         f"seed {recipe.seed}{recipe.non_default_note}"
     )
     LOG.info(f"Command: {shell_command(['python', *sys.argv])}")
+    if device.type == "cpu":
+        spin = os.environ.get("GOMP_SPINCOUNT", "not set")
+        LOG.info(f"Threads: {torch.get_num_threads()}, GOMP_SPINCOUNT {spin}")
     found = {"code": code_version(), **versions()}
     LOG.info("Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()))
 

@@ -377,7 +377,12 @@ def find_lr(
         quiet.enter_context(
             report_out_of_memory("pass a smaller --batch-size, or --lr to skip the LR finder")
         )
-        finder = LRFinder(twin, build_optimizer(twin), criterion, device=device)
+        scaling = {
+            "amp_backend": "torch",
+            "amp_config": {"device_type": device.type, "enabled": False},  # `twin` has its own autocast
+            "grad_scaler": torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        }
+        finder = LRFinder(twin, build_optimizer(twin), criterion, device=device, **scaling)
         # smoothed afterwards, without the lag of a running mean
         finder.range_test(loader, start_lr=start_lr, end_lr=end_lr, num_iter=iterations, smooth_f=0)
     rates = [float(rate) for rate in finder.history["lr"]]

@@ -27,7 +27,7 @@ MAX_ANSWER = 4096
 MAX_ATTEMPTS = 100
 # How long ranks other than 0 wait before they print an error.
 ERROR_DELAY_S = 2.0
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 DATA_DIR = Path("data")  # default of --data-dir
 
 

@@ -50,15 +50,18 @@ def precision_name(precision: str, device: torch.device) -> str:
     return "fp32 (TF32)" if tf32 and torch.cuda.get_device_capability(device) >= (8, 0) else precision
 
 
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, so that bf16 is faster than fp32 on it."""
+def fastest_precision(device: torch.device) -> str:
+    """ "bf16" where the device multiplies it in hardware; on GPUs before that whose tensor cores multiply
+    float16 (compute capability 7.0 and 7.5: V100, T4, RTX 20) "fp16"; else "fp32"."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
     if device.type == "cpu":
         with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
-            return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
-    return False
+            if not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split()):
+                return "bf16"
+    return "fp32"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -80,8 +83,9 @@ def report_out_of_memory(advice: str) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 autocast on `device`; for fp32 a context that changes nothing, so that both take one path."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """Autocast to bf16 or fp16; for fp32 a context that changes nothing, so that all take one path."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 # Compiling takes one to two minutes, which a run regains from this many training images on. On a CPU in fp32

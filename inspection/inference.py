@@ -1,7 +1,7 @@
 """A network's logits for a whole split, by the engine's own test loop, and test-time augmentation."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +64,15 @@ def averaged_log_probabilities(
 
     Probabilities are averaged, not logits: a view that the network is unsure about then weighs less.
     """
-    total: torch.Tensor | float = 0.0
-    for number, view in enumerate(views, start=1):
+
+    def view_logits(number: int, view: View) -> torch.Tensor:
         seen = [(shifted(images, *view), labels) for images, labels in batches]
-        _, logits = logits_of(model, seen, precision=precision, title=f"view {number}/{len(views)}")
-        total = total + logits.double().softmax(dim=1)
-    return (total / len(views)).log()
+        return logits_of(model, seen, precision=precision, title=f"view {number}/{len(views)}")[1]
+
+    return mean_probabilities(view_logits(*numbered) for numbered in enumerate(views, start=1)).log()
+
+
+def mean_probabilities(logits: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The probabilities averaged over views, float64 [N, K], from the logits [N, K] of each view."""
+    probabilities = [view_logits.double().softmax(dim=1) for view_logits in logits]
+    return torch.stack(probabilities).mean(dim=0)

@@ -83,3 +83,27 @@ def test_importing_everything_prints_and_writes_nothing(tmp_path: Path) -> None:
         timeout=300,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("script", ["benchmark", "evaluate", "experiments", "export", "predict", "train"])
+def test_scripts_import_core_before_any_other_package(script: str) -> None:
+    imports = [
+        node for node in ast.parse(FILES[script].read_text("utf-8")).body if "Import" in type(node).__name__
+    ]
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+    assert next(name for name in names if name.split(".")[0] not in sys.stdlib_module_names) == "core"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the variable is that of GNU's OpenMP")
+@pytest.mark.parametrize(
+    ("given", "spin_count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_core_sets_how_long_threads_spin_unless_the_user_does(given: dict[str, str], spin_count: str) -> None:
+    own = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    code = "import core, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, env=own | given, capture_output=True, text=True)
+    assert done.stdout.split() == [spin_count, "False"], done.stderr

@@ -180,7 +180,7 @@ def test_wrong_names_and_options_are_refused_in_one_line(name, options, message)
 
 @pytest.mark.parametrize("name", ["resnet56", "se_resnet20", "wrn_16_4"])
 def test_the_first_weights(name):
-    """Convolutions: Kaiming normal, fan out; BatchNorm: 1 and 0; linear: Kaiming uniform without a bias."""
+    """Convolutions: Kaiming normal, fan out; BatchNorm: 1 and 0; the last layer: normal(0, 0.01), bias 0."""
     model, standardised = seeded(name), []
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -191,10 +191,13 @@ def test_the_first_weights(name):
             standardised.append(z)
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all()
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module is not model.fc:  # of squeeze-and-excitation
             bound = 1 / math.sqrt(module.in_features)
             assert (module.bias == 0).all()
             assert 0.5 * bound < module.weight.abs().max() <= bound
+    z = model.fc.weight.detach().flatten() / 0.01
+    assert abs(z.std().item() - 1) < 5 / math.sqrt(2 * len(z)) and (model.fc.bias == 0).all()
+    standardised.append(z)
     z = torch.cat(standardised)
     assert abs(z.mean().item()) < 5 / math.sqrt(len(z))
     # Normal, not uniform or truncated: P(|z| > 2) = 0.0455, P(|z| > 3) = 0.0027.

@@ -20,7 +20,9 @@ from cifar.dataset import Split
 from core.cli import run_main
 from core.errors import RunError
 from helpers.tiny_checkpoint import CLASSES, SUPERCLASSES, save_tiny_checkpoint
-from predict import Result, find_images, read_image
+from inspection.images import read_image
+from inspection.inference import averaged_log_probabilities
+from predict import Result, find_images
 from training.checkpoint import LoadedModel, load_model
 from utils import make_test_batches
 
@@ -73,132 +75,36 @@ def test_folders_are_searched_to_the_bottom_in_order(tmp_path: Path) -> None:
     touch(
         tmp_path, "b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/z.webp", "sub/deep/y.png", ".git/x.png"
     )
+    touch(tmp_path, "c.heic", "sub/raw.NEF")  # called images, though they are not read
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    (tmp_path / "sub" / "gone.png").symlink_to("nowhere")
     found = [os.path.relpath(item.path, tmp_path) for item in find_images([str(tmp_path)])]
-    assert found == ["a.JPG", "b.png", "sub/z.webp", "sub/deep/y.png"]
+    expected = ["a.JPG", "b.png", "c.heic", "sub/gone.png", "sub/raw.NEF", "sub/z.webp", "sub/deep/y.png"]
+    assert found == expected
 
 
-def test_patterns_and_files_with_names_like_patterns(tmp_path: Path) -> None:
+def test_patterns_and_files_with_names_like_patterns(tmp_path: Path, monkeypatch) -> None:
     touch(tmp_path, "a.png", "b.png", "[a].png", "sub/c.png")
+    (tmp_path / "link.jpg").symlink_to("nowhere")
 
     def names(pattern: str) -> list[str]:
         return [os.path.relpath(item.path, tmp_path) for item in find_images([f"{tmp_path}/{pattern}"])]
 
     assert names("[ab].png") == ["a.png", "b.png"]
     assert names("[a].png") == ["[a].png"]
+    assert names("*.jpg") == ["link.jpg"]
     assert names("**/*.png") == ["[a].png", "a.png", "b.png", "sub/c.png"]
     errors = [item.error for item in find_images(["x\0y.png", f"{tmp_path}/q*"])]
     assert errors == [None, "no file matches this pattern"]
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-COLOUR = (200, 120, 40)
-HALVES = np.zeros((64, 64, 3), np.uint8)
-HALVES[:32], HALVES[32:] = COLOUR, (10, 60, 220)
-
-
-def as_mode(mode: str) -> Image.Image:
-    image = Image.fromarray(HALVES)
-    if mode == "I;16":
-        return Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 256 + 17)
-    if mode == "F":
-        return Image.fromarray(np.array(image.convert("L")).astype(np.float32) / 255)
-    if mode == "P":
-        return image.quantize(2)
-    return image.convert(mode)
-
-
-@pytest.mark.parametrize(
-    ("mode", "ending"),
-    [
-        ("RGB", "png"), ("RGB", "bmp"), ("RGB", "jpg"), ("RGB", "tiff"), ("RGBA", "webp"), ("P", "gif"),
-        ("P", "png"), ("L", "png"), ("LA", "png"), ("RGBA", "png"), ("I;16", "png"), ("I;16", "tiff"),
-        ("F", "tiff"), ("CMYK", "jpg"), ("CMYK", "tiff"), ("1", "png"), ("YCbCr", "jpg"),
-    ],
-)  # fmt: skip
-def test_every_mode_becomes_the_same_picture(tmp_path: Path, mode: str, ending: str) -> None:
-    path = tmp_path / f"x.{ending}"
-    image = as_mode(mode)
-    image.save(path, **({"lossless": True} if ending == "webp" else {}))
-    pixels = read_image(str(path)).pixels
-    assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
-    grey = mode in ("L", "LA", "I;16", "F")
-    expected = np.array(Image.fromarray(HALVES).convert("L" if grey else "RGB").convert("RGB"))
-    if mode == "1":  # dithered: the halves differ, and more cannot be said
-        assert pixels[:14].mean() > pixels[18:].mean() + 10
-        return
-    for rows in (slice(0, 14), slice(18, 32)):  # clear of the filter's overshoot at the edge
-        difference = pixels[rows].astype(int) - expected[::2, ::2][rows]
-        assert np.abs(difference).max() <= (6 if ending in ("jpg", "gif") or mode == "P" else 1)
-
-
-def test_exif_rotation_is_undone(tmp_path: Path, few_images: np.ndarray) -> None:
-    upright = Image.fromarray(few_images[0])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    turned = upright.transpose(Image.Transpose.ROTATE_90)
-    for ending in ("png", "webp", "tiff"):
-        path = tmp_path / f"x.{ending}"
-        turned.save(path, exif=exif, **({"lossless": True} if ending == "webp" else {}))
-        np.testing.assert_array_equal(read_image(str(path)).pixels, few_images[0])
-    turned.resize((3 * 512, 2 * 512)).save(tmp_path / "x.jpg", exif=exif, quality=95)
-    picture = read_image(str(tmp_path / "x.jpg"), preview_px=384)
-    assert picture.preview.shape == (384, 256, 3)
-    whole = np.asarray(upright.resize((256, 384)), dtype=int)
-    assert np.abs(picture.preview.astype(int) - whole).mean() < 4
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_pixels_are_white(tmp_path: Path, mode: str) -> None:
-    pixels = np.zeros((32, 32, 4), np.uint8)
-    pixels[16:, :, 3] = 255  # black, the upper half transparent
-    image = Image.fromarray(pixels)
-    if mode == "P":
-        image = Image.fromarray((pixels[..., 3] > 0).astype(np.uint8))
-        image.putpalette([255, 0, 0, 0, 0, 0])
-        image.save(tmp_path / "x.png", transparency=0)
-    else:
-        image.convert(mode).save(tmp_path / "x.png")
-    read = read_image(str(tmp_path / "x.png")).pixels
-    assert (read[:16] == 255).all() and (read[16:] == 0).all()
-
-
-def test_the_square_at_the_centre_is_taken_and_antialiased(tmp_path: Path) -> None:
-    wide = np.full((320, 640, 3), 255, np.uint8)
-    wide[:, 160:480] = 0  # the square at the centre ...
-    wide[::2, 160:480] = 200  # ... has stripes of one pixel, which must become grey, not black or light
-    for name, array in (("wide.png", wide), ("high.png", wide.transpose(1, 0, 2))):
-        Image.fromarray(np.ascontiguousarray(array)).save(tmp_path / name)
-        inner = read_image(str(tmp_path / name)).pixels[2:-2, 2:-2]
-        assert np.abs(inner.astype(int) - 100).max() <= 3
-    for size in ((1, 1), (1, 500), (5, 3), (33, 32)):
-        Image.new("RGB", size, COLOUR).save(tmp_path / "x.png")
-        assert (read_image(str(tmp_path / "x.png")).pixels == COLOUR).all()
-
-
-def test_decompression_bombs_and_odd_files_are_refused(tmp_path, monkeypatch) -> None:
-    path = str(tmp_path / "x.png")
-    Image.new("1", (1000, 1000)).save(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(predict, "MAX_PIXELS", 999_999)
-        assert "million pixels" in read_image(path).error
-    with monkeypatch.context() as patch:
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", 400_000)  # Pillow's own limit, at twice as much
-        assert "million pixels" in read_image(path).error
-    os.mkfifo(tmp_path / "pipe.png")
-    assert read_image(str(tmp_path / "pipe.png")).error == "not a regular file"
-    (tmp_path / "x.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    assert "not an image" in read_image(str(tmp_path / "x.eps")).error  # Pillow alone would start Ghostscript
-    Image.fromarray(np.full((9, 9), 1e6, np.float32)).save(tmp_path / "x.tiff")
-    assert "floating-point" in read_image(str(tmp_path / "x.tiff")).error
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))  # a real one lets root pass
+    assert [item.error for item in find_images([f"{tmp_path}/q*"])] == ["permission denied"]
 
 
 # --- the same answer as testing -------------------------------------------------------------------
 
 
 def test_images_of_32x32_give_the_logits_of_testing_to_the_bit(paths, trained, few_images) -> None:
-    read = np.stack([read_image(str(path)).pixels for path in paths])
+    read = np.stack([read_image(str(path))[0] for path in paths])
     np.testing.assert_array_equal(read, few_images)
     [(batch, _)] = make_test_batches(Split(few_images, np.zeros(20, np.int64)), 20, "cpu")
     with torch.inference_mode():
@@ -265,14 +171,17 @@ def test_unreadable_files_are_reported_and_the_others_classified(tmp_path, run, 
     broken, missing, empty, notes = (tmp_path / name for name in ("broken", "missing", "empty", "notes"))
     broken.write_bytes(paths[0].read_bytes()[:200])
     empty.mkdir()
+    phone = tmp_path / "phone" / "x.jxl"
+    touch(phone.parent, phone.name)
     notes.write_text("no image")
     pattern = f"{tmp_path}/*.jpg"
-    code, out, err = run(paths[0], broken, missing, empty, notes, pattern, paths[1], "--json")
+    code, out, err = run(paths[0], broken, missing, empty, notes, phone.parent, pattern, paths[1], "--json")
     assert code == 1 and [json.loads(line)["path"] for line in out] == [str(path) for path in paths[:2]]
     *errors, last = err
-    assert "5 of 7" in last
-    reasons = ("truncated", "no such file", "no image files", "not an image", "no file matches")
-    for line, path, reason in zip(errors, (broken, missing, empty, notes, pattern), reasons, strict=True):
+    assert "6 of 8" in last
+    reasons = ("truncated", "no such file", "no image files", "not an image", "convert it", "no file matches")
+    files = (broken, missing, empty, notes, phone, pattern)
+    for line, path, reason in zip(errors, files, reasons, strict=True):
         assert str(path) in line and reason in line
 
 
@@ -306,6 +215,65 @@ def test_save_draws_each_image_under_a_name_of_its_own(tmp_path, run, few_images
         assert drawing.width > 900
 
 
+def test_a_drawing_that_fails_is_reported_and_the_others_are_drawn(tmp_path, run, paths, monkeypatch) -> None:
+    def write_png(figure: object, path: Path) -> Path:
+        if path.name.startswith("00002"):
+            raise RunError(f"cannot write {path}: No space left on device")
+        return write_png_as_usual(figure, path)
+
+    write_png_as_usual = predict.write_png
+    monkeypatch.setattr(predict, "write_png", write_png)
+    code, out, err = run(*paths[:3], "--json", "--save", tmp_path / "out")
+    assert code == 1 and len(out) == 3
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["00001_00.png", "00003_02.png"]
+    assert "No space left" in err[0] and "1 of 3 drawings" in err[1] and len(err) == 2
+
+
+def test_names_are_cut_by_bytes(tmp_path, run, paths) -> None:
+    for letter in "a长":
+        paths[0].rename(long := tmp_path / (letter * (240 // len(letter.encode())) + ".png"))
+        assert run(long, "--save", tmp_path / "out")[0] == 0
+        [drawing] = (tmp_path / "out").iterdir()
+        assert drawing.name.startswith(f"00001_{letter * 30}") and len(os.fsencode(drawing.name)) < 120
+        drawing.unlink()
+        paths[0] = long
+
+
+def test_no_drawing_replaces_an_input(tmp_path, run, paths, monkeypatch) -> None:
+    out = tmp_path / "out"
+    assert run(paths[0], "--save", out)[0] == 0
+    first = (out / "00001_00.png").read_bytes()
+    assert run(paths[0], "--topk", 3, "--save", out)[0] == 0
+    second = (out / "00001_00.png").read_bytes()
+    assert first != second, "an earlier drawing is replaced"
+    (tmp_path / "link.png").symlink_to(out / "00001_00.png")
+    for other in (out, out / "00001_00.png", tmp_path / "link.png"):  # named after the drawing is due
+        code, lines, err = run(paths[0], other, "--batch-size", 1, "--json", "--save", out)
+        assert code == 1 and len(lines) == 2
+        assert (out / "00001_00.png").read_bytes() == second
+        assert "00001_00.png exists and is, or may be, an input" in err[0] and "1 of 2 drawings" in err[1]
+        (out / "00002_00001_00.png").unlink(missing_ok=True)
+        (out / "00002_link.png").unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(paths[0]))))
+    assert run("-", "--save", out)[0] == 1
+    assert (out / "00001_00.png").read_bytes() == second
+
+
+def test_tta_is_that_of_evaluate(paths, run, trained, few_images) -> None:
+    [(batch, labels)] = make_test_batches(Split(few_images, np.zeros(20, np.int64)), 20, "cpu")
+    expected = averaged_log_probabilities(trained.model, [(batch, labels)]).exp()
+    found, probabilities = predict.classify(trained, few_images, 100, "fp32", tta=True)
+    torch.testing.assert_close(probabilities.double(), expected.gather(1, found), rtol=1e-6, atol=1e-7)
+    plain = predict.classify(trained, few_images, 100, "fp32")[1]
+    assert not torch.allclose(probabilities, plain, rtol=1e-3)
+    mirrored = predict.classify(trained, few_images[:, :, ::-1].copy(), 100, "fp32", tta=True)
+    torch.testing.assert_close(mirrored[1], probabilities, rtol=0, atol=1e-5)
+    code, out, _ = run(*paths, "--json", "--topk", 1, "--tta")
+    values = [json.loads(line)["predictions"][0]["probability"] for line in out]
+    assert code == 0
+    np.testing.assert_allclose(values, probabilities[:, 0], rtol=1e-5)
+
+
 def test_wrong_usage_is_one_line(tmp_path: Path, run: Run) -> None:
     (tmp_path / "file").write_text("")
     for argv, code, message in (
@@ -327,9 +295,9 @@ def test_files_are_looked_for_and_read_a_batch_at_a_time(trained, monkeypatch) -
             found.append(f"{len(found)}.png")
             yield Result(found[-1])
 
-    def fake_read(path: str, preview_px: int) -> Result:
+    def fake_read(path: str, preview_px: int) -> tuple[np.ndarray, None]:
         read.append(path)
-        return Result(path, pixels=np.zeros((32, 32, 3), np.uint8))
+        return np.zeros((32, 32, 3), np.uint8), None
 
     monkeypatch.setattr(predict, "read_image", fake_read)
     results = predict.predict(trained, endless(), batch_size=4)

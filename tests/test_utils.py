@@ -386,9 +386,13 @@ def test_it_uses_full_batches_where_there_are_any(count: int, size: int) -> None
 
 
 def test_it_runs_at_the_runs_precision() -> None:
-    losses = [run_finder(small_net(), loader_of(), precision=p, end_lr=1e-3).losses for p in ("fp32", "bf16")]
-    assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    precisions = "fp32", "bf16", "fp16"
+    fp32, *others = (
+        run_finder(small_net(), loader_of(), precision=p, end_lr=1e-3).losses for p in precisions
+    )
+    for losses in others:
+        assert losses != fp32
+        assert losses == pytest.approx(fp32, rel=0.02)
 
 
 def test_a_network_with_nan_weights_gives_the_default_without_numeric_warnings() -> None:

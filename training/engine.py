@@ -5,6 +5,7 @@ because each read waits for the device. Means are over images, not over batches.
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from core import distributed
 from core.cli import LOG, progress_bar
 from core.errors import RunError
 from core.machine import autocast, is_out_of_memory, report_out_of_memory
+from training.convolution import use_fp32_weight_gradients
 from training.techniques import Techniques, soft_hits
 from utils import normalize
 
@@ -29,6 +31,11 @@ from utils import normalize
 CPU_TEST_BATCH_SIZE = 250
 # Fits 80 columns: the rate is in the postfix, in images.
 BAR_FORMAT = "{desc}:{percentage:3.0f}%|{bar}|{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+# A compiled network must agree with the eager one in so many passes: CUDA graphs are recorded in the second
+# and replayed from the third on. The relative tolerances are those of loss and gradient norm: bf16 rounds the
+# two differently, and dropout draws other numbers.
+TRIALS = 3
+TRIAL_TOLERANCES = (0.05, 0.25)
 # On a GPU, read the totals every so many batches; on a CPU a read costs nothing.
 SYNC_EVERY = 50
 
@@ -91,7 +98,8 @@ class TrainStep:
         model: the network; its weights are trained in place. In channels_last memory format.
         criterion: (logits [N, classes], labels int64 [N]) -> mean loss, a scalar in nats.
         optimizer, scheduler: the scheduler is stepped once a batch.
-        precision: "fp32", or "bf16" for autocast of the forward pass.
+        precision: "fp32", or "bf16" or "fp16" for autocast of the forward pass. With fp16 the loss is scaled
+            (torch.amp.GradScaler); a step whose gradients overflow then is skipped, and the schedule waits.
         compile_batch_size: batches of this many images over all ranks go through torch.compile; others run
             eagerly, since compiling for one short batch an epoch costs more than it saves.
         sync_bn: with several processes, BatchNorm over the global batch.
@@ -111,6 +119,8 @@ class TrainStep:
         techniques: Techniques | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
+        if self.device.type == "cpu" and precision == "bf16":
+            use_fp32_weight_gradients(model)
         self.network = model
         self.model = distributed.wrap_ddp(model, self.device, sync_bn=sync_bn)
         self.sync_bn = sync_bn and distributed.world_size() > 1
@@ -119,13 +129,15 @@ class TrainStep:
         self.scheduler = scheduler
         self.precision = precision
         self.techniques = techniques or Techniques()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.skipped_steps = 0
         self.compile_batch_size = compile_batch_size
         self.compiled: Callable[..., torch.Tensor] | None = None
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps since the start of the run, as counted by the scheduler, which checkpoints keep."""
-        return self.scheduler.last_epoch
+        """Batches since the start of the run: the scheduler's steps, and those that were skipped."""
+        return self.scheduler.last_epoch + self.skipped_steps
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, global_size: int | None = None
@@ -155,19 +167,29 @@ class TrainStep:
                 batch, targets = use.mixing(batch, labels, step)
             loss_sum, hits = self.compute_gradients(batch, targets, global_size)
             if use.sam:
+                self.scaler.update()  # it unscales gradients once per update; an overflow recurs in this pass
                 use.sam(closure=lambda: self.compute_gradients(batch, targets, global_size))
             if use.clip_norm:
                 nn.utils.clip_grad_norm_(self.network.parameters(), use.clip_norm)
-            self.optimizer.step()
-            self.scheduler.step()
+            self._update_weights()
             if use.averaging:
                 use.averaging(self.steps_done)
         return loss_sum, hits
 
+    def _update_weights(self) -> None:
+        """Step optimizer and schedule; where fp16 gradients overflowed, lower the loss scale instead."""
+        scale = self.scaler.get_scale()  # 1 without fp16, as with a scaler that is not enabled
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() < scale:
+            self.skipped_steps += 1
+        else:
+            self.scheduler.step()
+
     def compute_gradients(
         self, batch: torch.Tensor, targets: torch.Tensor, global_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Leave the gradients of the batch in the weights, computed in micro-batches with --accumulate.
+        """Leave the gradients of the batch, unscaled, in the weights; with --accumulate by micro-batches.
 
         Args:
             batch: normalised float32 [N, 3, H, W].
@@ -193,24 +215,32 @@ class TrainStep:
                 loss, logits = self._micro_batch(network, part, part_targets, weight)
             # read before the next pass: CUDA graphs reuse the memory of `logits`
             sums.append((loss * len(part), soft_hits(logits.argmax(1), part_targets)))
+        self.scaler.unscale_(self.optimizer)
         loss_sums, hits = zip(*sums, strict=True)
         return sum(loss_sums[1:], loss_sums[0]), sum(hits[1:], hits[0])
 
     def _compile(self, batch: torch.Tensor, targets: torch.Tensor) -> None:
-        """Compile the network if a trial on a micro-batch works on every rank; else train eagerly.
+        """Compile the network if it works and agrees with the eager one on every rank; else train eagerly.
 
-        The trial runs backward too, which torch compiles only when it gets there. A rank that fails takes
-        part in no collective, so the trial has none: it goes past DistributedDataParallel, and with sync_bn
-        is in evaluation mode. Gradients are then cleared; buffers and random state are as before.
+        A trial runs backward too, which torch compiles only when it gets there. A rank that fails takes part
+        in no collective, so the trials have none: they go past DistributedDataParallel, and with sync_bn are
+        in evaluation mode. Gradients are then cleared; buffers and random state are as before.
         """
         reason = ""
         buffers = [buffer.clone() for buffer in self.network.buffers()]
-        training = self.network.training
+        training, device = self.network.training, self.device
         self.network.train(training and not self.sync_bn)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        # CUDA graphs only in the plain step: with several backward passes before an optimizer step, torch
+        # fails or silently computes wrong gradients (pytorch issues 96693 and 169545)
+        several_passes = self.techniques.accumulate > 1 or self.techniques.sam is not None
+        cuda_graphs = device.type == "cuda" and distributed.world_size() == 1 and not several_passes
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:
-                network = compiled(self.network, self.device)
-                self._micro_batch(network, batch, targets, 1.0)
+                network = compiled(self.network, device, cuda_graphs=cuda_graphs)
+                for _ in range(TRIALS):
+                    eager = self._loss_and_gradient_norm(self.network, batch, targets)
+                    found = self._loss_and_gradient_norm(network, batch, targets)
+                    reason = reason or _disagreement(found, eager)
             except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
                 if is_out_of_memory(error):
                     raise
@@ -219,24 +249,42 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.network.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        [failed] = distributed.any_rank(self.device, bool(reason))
+        [failed] = distributed.any_rank(device, bool(reason))
         if failed:
             LOG.warning(f"torch.compile failed, training eagerly: {reason or 'on another process'}")
             self.compile_batch_size = None
         else:
-            self.compiled = network if self.model is self.network else compiled(self.model, self.device)
+            self.compiled = network if self.model is self.network else compiled(self.model, device)
+
+    def _loss_and_gradient_norm(
+        self, network: Callable[..., torch.Tensor], batch: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[float, float]:
+        """The mean loss of the batch, and the norm of its scaled gradients, which replace all others."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, _ = self._micro_batch(network, batch, targets, 1.0)
+        gradients = [value.grad for value in self.network.parameters() if value.grad is not None]
+        return loss.item(), nn.utils.get_total_norm(gradients).item()
 
     def _micro_batch(
         self, network: Callable[..., torch.Tensor], batch: torch.Tensor, targets: torch.Tensor, weight: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the gradients of `weight` x the mean loss; return the mean loss and the logits, detached."""
+        """Add the scaled gradients of `weight` x the mean loss; return mean loss and logits, detached."""
         with autocast(self.device, self.precision):
             logits = network(batch).float()
         loss = self.criterion(logits, targets)
         if self.techniques.distillation:
             loss = self.techniques.distillation(loss, logits, batch)
-        (loss * weight).backward()
+        self.scaler.scale(loss * weight).backward()
         return loss.detach(), logits.detach()
+
+
+def _disagreement(found: tuple[float, float], expected: tuple[float, float]) -> str:
+    """How the loss and gradient norm of a compiled network differ from the eager one's; "" if not."""
+    names = "loss", "gradient norm"
+    for name, value, eager, tolerance in zip(names, found, expected, TRIAL_TOLERANCES, strict=True):
+        if not math.isclose(value, eager, rel_tol=tolerance):
+            return f"the {name} is {value:.4g} instead of {eager:.4g}"
+    return ""
 
 
 def _loss_weight(images: int, global_size: int) -> float:
@@ -249,11 +297,14 @@ def _loss_weight(images: int, global_size: int) -> float:
     return images * distributed.world_size() / global_size
 
 
-def compiled(model: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
-    """`model` through torch.compile for one batch size; on CUDA with CUDA graphs, since a step of this
-    network is bound by kernel launches on a large GPU."""
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    return torch.compile(model, mode=mode, dynamic=False)
+def compiled(
+    model: nn.Module, device: torch.device, *, cuda_graphs: bool = False
+) -> Callable[..., torch.Tensor]:
+    """`model` through torch.compile for one batch size; with CUDA graphs, since a step of these networks is
+    bound by kernel launches on a large GPU."""
+    if device.type == "cpu":  # torch would warn that it finds no CUDA, which nobody asked for
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return torch.compile(model, mode="reduce-overhead" if cuda_graphs else None, dynamic=False)
 
 
 def train_one_epoch(

@@ -324,8 +324,9 @@ class Recipe:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.momentum > 0,
-            # fused: one kernel for all tensors; torch has it for these two kinds of device
-            fused=device.type in ("cpu", "cuda"),
+            # fused: one kernel for all tensors; torch has it for these two kinds of device. In fp16 it would
+            # leave momentum uninitialised where the first step is skipped for an overflow (torch 2.14).
+            fused=device.type in ("cpu", "cuda") and self.precision != "fp16",
         )
 
     def build_scheduler(self, optimizer: Optimizer, batches_per_epoch: int) -> LRScheduler:

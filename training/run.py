@@ -326,6 +326,8 @@ class Run:
         LOG.info(
             f"Resumed {saved.path}: epoch {self.epoch}, batch {self.batches_done} of {self.batches_per_epoch}"
         )
+        if self.best["epoch"] and distributed.is_main() and not self.files.best.exists():  # under a new name
+            ckpt.save_checkpoint(self.files.best, self._weights_state("best"))
         if self.recipe.precision != saved.recipe.precision:
             LOG.info(f"Precision changed from {saved.recipe.precision} to {self.recipe.precision}")
 
@@ -478,6 +480,8 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "scheduler": ckpt.plain(self.step.scheduler.state_dict()),
+            "scaler": self.step.scaler.state_dict(),
+            "skipped_steps": self.step.skipped_steps,
             "random": ckpt.random_state(),
             "history": self.history,
             "best": self.best,
@@ -499,6 +503,9 @@ class Run:
             self.step.optimizer.load_state_dict(state["optimizer"])
             self._check_momentum()
             self.step.scheduler.load_state_dict(state["scheduler"])
+            self.step.skipped_steps = int(state.get("skipped_steps", 0))
+            if self.step.scaler.is_enabled() and state.get("scaler"):  # empty where the run was not in fp16
+                self.step.scaler.load_state_dict(state["scaler"])
             if self.averaging:
                 self.averaging.restore(state["average"], source)
             self.epoch, self.batches_done = int(state["epoch"]), int(state["batches_done"])

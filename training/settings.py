@@ -135,7 +135,8 @@ def build_parser() -> Parser:
     flag(
         "--precision",
         choices=("auto", *PRECISIONS),
-        help="auto: bf16 where the processor supports it natively (default: auto; with --resume: as before)",
+        help="auto: bf16 where the processor has it, fp16 on GPUs that lack it (V100, T4, RTX 20), else fp32 "
+        "(default: auto; with --resume: as before)",
     )
     flag(
         "--compile",

@@ -481,7 +481,7 @@ COMPILATION = """
 from training import engine
 broken, result = BROKEN, {}
 for forward in (False, True):
-    def compiled(model, device):
+    def compiled(model, device, **_):
         def run(images):
             ran.append((type(model).__name__, model.training))
             if rank == broken and forward:

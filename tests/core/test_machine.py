@@ -18,7 +18,7 @@ import torch
 
 from core import distributed, machine
 from core.errors import UsageError
-from core.machine import choose_compile, choose_device, native_bf16, precision_name, set_up_torch
+from core.machine import choose_compile, choose_device, fastest_precision, precision_name, set_up_torch
 from helpers import REPOSITORY
 
 CPU = torch.device("cpu")
@@ -64,35 +64,38 @@ def test_a_device_that_is_not_available_is_a_usage_error(devices: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "native"),
+    ("cpuinfo", "expected"),
     [
-        ("processor: 0\nflags\t\t: fpu sse avx2 avx512f\n", False),
-        ("processor: 0\nflags\t\t: fpu avx512f avx512_bf16 avx2\n", True),
-        ("flags : fpu amx_bf16\n", True),
-        ("Features\t: fp asimd bf16 sve\n", True),
-        ("model name: bf16\n", False),
-        (None, False),
+        ("processor: 0\nflags\t\t: fpu sse avx2 avx512f\n", "fp32"),
+        ("processor: 0\nflags\t\t: fpu avx512f avx512_bf16 avx2\n", "bf16"),
+        ("flags : fpu amx_bf16\n", "bf16"),
+        ("Features\t: fp asimd bf16 sve\n", "bf16"),
+        ("model name: bf16\n", "fp32"),
+        (None, "fp32"),
     ],
 )
-def test_bf16_is_native_where_the_processor_says_so(monkeypatch, cpuinfo, native) -> None:
+def test_a_cpu_trains_in_bf16_where_it_says_that_it_has_it(monkeypatch, cpuinfo, expected) -> None:
     def fake_open(path: str, **_: object) -> io.StringIO:
         if cpuinfo is None:
             raise FileNotFoundError(path)
         return io.StringIO(cpuinfo)
 
     monkeypatch.setattr(builtins, "open", fake_open)
-    result = native_bf16(CPU)
+    result = fastest_precision(CPU)
     monkeypatch.undo()  # pytest opens files too
-    assert result is native
+    assert result == expected
 
 
-@pytest.mark.parametrize(("capability", "new"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_bf16_and_tf32_on_cuda(monkeypatch, capability, new) -> None:
+@pytest.mark.parametrize(
+    ("capability", "fastest"),
+    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")],
+)
+def test_precisions_on_cuda(monkeypatch, capability, fastest) -> None:
     gpu, mps = torch.device("cuda", 0), torch.device("mps")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert native_bf16(gpu) is new and native_bf16(mps) is False
-    assert precision_name("fp32", gpu) == ("fp32 (TF32)" if new else "fp32")
+    assert fastest_precision(gpu) == fastest and fastest_precision(mps) == "fp32"
+    assert precision_name("fp32", gpu) == ("fp32 (TF32)" if fastest == "bf16" else "fp32")
     assert precision_name("bf16", gpu) == "bf16"
     assert precision_name("fp32", CPU) == precision_name("fp32", mps) == "fp32"
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

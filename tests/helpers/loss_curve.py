@@ -33,7 +33,7 @@ def loss_curve() -> list[float]:
     try:
         images = np.concatenate([draw_class(label, 3, 0) for label in range(len(CLASSES))])
         split = Split(images, np.repeat(np.arange(len(CLASSES), dtype=np.int64), 3))
-        recipe = Recipe(model="resnet20", batch_size=16, lr=0.001)
+        recipe = Recipe(model="resnet20", batch_size=16, lr=0.01)
         model = build_model(recipe.model).to(memory_format=torch.channels_last).train()
         draw_weights(model)
         # OpenCV's versions warp differently: the images as they are, in the loader's order
@@ -53,13 +53,14 @@ def loss_curve() -> list[float]:
 
 
 def draw_weights(model: torch.nn.Module) -> None:
-    """Kaiming-normal weights from NumPy: torch draws others from the same seed in other versions."""
+    """Weights as `build_model` draws them, but by NumPy: torch's differ between its versions."""
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 fan_out = weight.numel() / weight.shape[1]
-                drawn = rng.standard_normal(tuple(weight.shape)) * (2 / fan_out) ** 0.5
+                std = (2 / fan_out) ** 0.5 if weight.ndim == 4 else 0.01
+                drawn = rng.standard_normal(tuple(weight.shape)) * std
                 weight.copy_(torch.from_numpy(drawn))
             elif weight.shape[0] == 100:  # the last layer's bias
                 weight.zero_()

@@ -57,12 +57,44 @@ def test_compiled_and_eager_training_agree_and_a_short_batch_compiles_nothing(mo
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("wrong", ["loss", "gradient norm"])
+def test_a_compiled_network_that_computes_something_else_is_not_used(
+    monkeypatch, warnings_logged, wrong
+) -> None:
+    def compiled(
+        model: nn.Module, device: torch.device, **_: object
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        calls = []
+
+        def run(images: torch.Tensor) -> torch.Tensor:
+            calls.append(len(images))
+            logits = model(images)
+            if len(calls) < engine.TRIALS:  # as where CUDA graphs are replayed
+                return logits
+            if wrong == "loss":
+                return logits.flip(1) * 2
+            logits.register_hook(lambda gradient: gradient * 2)
+            return logits
+
+        return run
+
+    monkeypatch.setattr(engine, "compiled", compiled)
+    batches = batches_of(8, 8)
+    eager, fallen_back = small_net(), small_net()
+    metrics = train(make_step(eager), batches)
+    assert train(make_step(fallen_back, compile_batch_size=8), batches) == metrics
+    assert len(warnings_logged) == 1 and f"training eagerly: the {wrong} is " in warnings_logged[0]
+    assert same_weights(fallen_back, eager)
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_failed_compilation_is_one_warning_and_the_same_training(monkeypatch, warnings_logged, where) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no compiler\nsecond line")
 
-    def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    def compiled(
+        model: nn.Module, device: torch.device, **_: object
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         def run(images: torch.Tensor) -> torch.Tensor:
             logits = model(images)  # what it had done by then: BatchNorm's statistics have moved
             fail() if where == "forward" else logits.register_hook(fail)
@@ -84,7 +116,9 @@ def test_only_full_batches_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None
     """Whatever comes first: a run may be resumed at the ragged last batch."""
     sizes: list[int] = []
 
-    def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    def compiled(
+        model: nn.Module, device: torch.device, **_: object
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda images: (sizes.append(len(images)), model(images))[1]
 
     monkeypatch.setattr(engine, "compiled", compiled)
@@ -101,7 +135,9 @@ def test_only_full_batches_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_resumed_at_the_ragged_batch_it_ends_in_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    def compiled(
+        model: nn.Module, device: torch.device, **_: object
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda images: model(images) * 1.01  # so that compiled and eager batches differ
 
     monkeypatch.setattr(engine, "compiled", compiled)
@@ -120,10 +156,12 @@ def test_resumed_at_the_ragged_batch_it_ends_in_the_same_bytes(monkeypatch: pyte
 def test_an_error_later_on_is_not_taken_for_a_failed_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def compiled(model: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    def compiled(
+        model: nn.Module, device: torch.device, **_: object
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         def run(images: torch.Tensor) -> torch.Tensor:
             calls.append(1)
-            if len(calls) > 1:
+            if len(calls) > engine.TRIALS:
                 raise RuntimeError("an illegal memory access")
             return model(images)
 
@@ -150,7 +188,7 @@ def test_out_of_memory_is_one_line_and_no_failed_compilation(
         raise error
 
     model = small_net()
-    monkeypatch.setattr(engine, "compiled", lambda model, device: fail)
+    monkeypatch.setattr(engine, "compiled", lambda model, device, **_: fail)
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(RunError) as caught:
         train(make_step(model, compile_batch_size=compile_batch_size), batches_of(8))
@@ -159,7 +197,7 @@ def test_out_of_memory_is_one_line_and_no_failed_compilation(
 
 
 def test_the_trial_of_a_compilation_leaves_the_random_draws_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "compiled", lambda model, device: model)
+    monkeypatch.setattr(engine, "compiled", lambda model, device, **_: model)
     models = [small_net().insert(2, nn.Dropout()) for _ in range(2)]
     for model, compile_batch_size in zip(models, (None, 8), strict=True):
         torch.manual_seed(0)

@@ -26,7 +26,7 @@ from model import build_model
 from training import engine
 from training.engine import RunningTotals, evaluate, train_one_epoch
 from training.recipe import Recipe
-from training.techniques import Techniques
+from training.techniques import SharpnessAware, Techniques
 from utils import normalize
 
 # ---- training ----
@@ -242,20 +242,67 @@ def engine_bar(options: dict) -> object:
     return tqdm(file=sys.stderr, mininterval=0, ncols=200, **{**options, "dynamic_ncols": False})
 
 
-# ---- bf16 ----
+# ---- bf16 and fp16 ----
 
 
-def test_bf16_trains_and_tests_close_to_fp32_with_fp32_weights() -> None:
+@pytest.mark.parametrize("lower", ["bf16", "fp16"])
+def test_lower_precisions_train_and_test_close_to_fp32_with_fp32_weights(lower: str) -> None:
     batches = batches_of(16, 16)
     tested = [(plainly_normalized(images), labels) for images, labels in batches]
     losses = {}
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", lower):
         model = small_net()
         trained_metrics = train(make_step(model, precision=precision), batches)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         losses[precision] = trained_metrics.loss, evaluate(model, tested, precision=precision).loss
-    assert losses["bf16"] != losses["fp32"]  # else it was not bf16
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses[lower] != losses["fp32"]
+    assert losses[lower] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+@pytest.mark.parametrize("techniques", [{}, {"clip_norm": 0.1}, {"accumulate": 2}, {"sam": 0.1}])
+def test_fp16_gradients_are_unscaled_before_they_are_used(techniques: dict) -> None:
+    weights = []
+    for precision in ("fp32", "fp16"):
+        model = small_net()
+        before = copy.deepcopy(model)
+        options = dict(techniques)
+        if "sam" in options:
+            options["sam"] = SharpnessAware(model, options["sam"])
+        step = make_step(
+            model, Recipe(lr=0.01, precision=precision), precision=precision, techniques=Techniques(**options)
+        )
+        for batch in batches_of(16, 16):
+            step(*batch)
+        assert step.skipped_steps == 0
+        weights.append(
+            [(new - old).flatten() for new, old in zip(model.parameters(), before.parameters(), strict=True)]
+        )
+    change, expected = map(torch.cat, weights)
+    assert (change - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("sam", [False, True])
+def test_a_step_whose_fp16_gradients_overflow_is_skipped_and_lowers_the_scale(sam: bool) -> None:
+    model = small_net()
+    techniques = Techniques(sam=SharpnessAware(model, 0.1) if sam else None)
+    recipe = Recipe(lr=0.01, milestones=(2,), precision="fp16")
+    step = make_step(model, recipe, precision="fp16", techniques=techniques)
+    batches = batches_of(8, 8, 8, 8)
+    step(*batches[0])
+    scale = step.scaler.get_scale()
+    before = copy.deepcopy(model)
+    overflow = model[4].weight.register_hook(lambda gradient: gradient * math.inf)
+    loss_sum, _ = step(*batches[1])
+    overflow.remove()
+    assert loss_sum.isfinite()  # so training does not stop
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), before.parameters(), strict=True))
+    assert (step.skipped_steps, step.steps_done, step.scheduler.last_epoch) == (1, 2, 1)
+    assert step.scaler.get_scale() == scale / (4 if sam else 2)  # each pass halves it
+    step(*batches[2])
+    assert step.optimizer.param_groups[0]["lr"] == pytest.approx(
+        0.01 * recipe.gamma
+    )  # two steps were made, not three
+    assert (step.skipped_steps, step.steps_done) == (1, 3)
 
 
 # ---- the stored curve ----

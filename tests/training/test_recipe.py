@@ -39,7 +39,7 @@ VALUES = {
     "max_lr": ([1e-8, 100], [0.0, 101, NAN]),
     "augment": (["trivialaugment", "randaugment:1,9"], []),
     "seed": ([0, 2**32 - 1], [-1, 2**32, 10**30]),
-    "precision": (["bf16"], ["fp16", "auto"]),
+    "precision": (["bf16", "fp16"], ["fp8", "auto"]),
     "target_accuracy": ([0, 100], [-1.0, 100.5, NAN, INF]),
     "warmup_epochs": ([0, 19], [-1, 20, 10**5000]),
     "decay_bn": ([False, True], []),

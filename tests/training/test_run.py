@@ -27,6 +27,7 @@ KILL, INT, TERM = int(signal.SIGKILL), int(signal.SIGINT), int(signal.SIGTERM)
 PRESETS = {
     "multistep": [],
     "onecycle": ["--scheduler", "onecycle"],
+    "fp16": ["--precision", "fp16"],
     "val split": ["--val-split", "100", "--limit-train", "200"],
 }
 
@@ -135,7 +136,7 @@ def test_signals_at_chosen_moments(driver, whole, tmp_path, method, epoch, call,
     assert finished(driver, ["--resume", last(tmp_path)], tmp_path) == whole
 
 
-@pytest.mark.parametrize("recipe", ["onecycle", "val split"])
+@pytest.mark.parametrize("recipe", ["onecycle", "fp16", "val split"])
 def test_other_recipes(driver: Driver, unbroken: dict, tmp_path: Path, recipe: str) -> None:
     flags = [*QUICK, *PRESETS[recipe], "--output-dir", tmp_path]
     each, stops = ["checkpoint_each_batch"], []
