@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cifar.dataset import FOLDER, Split, load_dataset
+from cifar.dataset import Split, find_folder, load_dataset
 from core.cli import PRECISIONS, Parser, add_data_dir, add_device, progress_bar, run_main, whole_number
 from core.errors import RunError, UsageError
 from core.files import atomic_write_text, check_output
@@ -149,8 +149,11 @@ def setting_from(args: argparse.Namespace) -> Setting:
 
 
 def load_images(data_dir: Path, count: int) -> tuple[Split, Split, str]:
-    """`count` training images, their test images, and what they are; nothing is downloaded."""
-    if (data_dir / FOLDER / "train").is_file():
+    """`count` training images, their test images, and what they are.
+
+    Nothing is downloaded; where only the archive of CIFAR-100 is here, it is unpacked.
+    """
+    if find_folder(data_dir) is not None:
         data, name = load_dataset("cifar100", data_dir), "CIFAR-100"
         train, test = data.train, data.test
     else:

@@ -102,13 +102,23 @@ class Reproduction:
     recorded: LoggedMetrics | None
 
 
+def load_against(path: Path, device: torch.device, model_name: str | None) -> LoadedModel:
+    """The network of --against: a checkpoint of train.py may hold another one than --model names."""
+    try:
+        return load_model(path, device)
+    except RunError:
+        if model_name is None:
+            raise
+        return load_model(path, device, model_name)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Load the weights, test, compare with the run's own metrics, write the results."""
     args = build_parser().parse_args(argv)
     start_log(None)
     device = choose_device(args.device)
-    trained = load_model(args.weights or find_weights(args.output_dir), device)
-    against = load_model(args.against, device) if args.against else None
+    trained = load_model(args.weights or find_weights(args.output_dir), device, args.model)
+    against = load_against(args.against, device, args.model) if args.against else None
     if against and against.path.samefile(trained.path):
         raise UsageError(f"--against {against.path} is the file that is evaluated: name another checkpoint")
     files = RunFiles(args.output_dir, args.name or run_name(trained))

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.int8:
         raise UsageError(f"--int8 goes with --format onnx only, not {args.format}")
     start_log(None)
-    trained = load_model(args.weights or find_weights(args.output_dir))
+    trained = load_model(args.weights or find_weights(args.output_dir), model_name=args.model)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", str(trained.state.get("name") or trained.recipe.model))
     name += "_preprocessing" * args.with_preprocessing + "_int8" * args.int8 + EXTENSIONS[args.format]
     target = args.output or args.output_dir / name
@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
 def find_data(trained: LoadedModel, data_dir: Path) -> dataset.ImageData | None:
     """The data that the network was trained on, if it is here or can be drawn; nothing is downloaded."""
     name = trained.recipe.dataset
-    here = (data_dir / dataset.FOLDER / "train").is_file() or (data_dir / dataset.ARCHIVE).is_file()
-    return dataset.load_dataset(name, data_dir) if here or name != "cifar100" else None
+    here = name != "cifar100" or dataset.find_folder(data_dir) is not None
+    return dataset.load_dataset(name, data_dir) if here else None
 
 
 def describe(trained: LoadedModel, with_preprocessing: bool) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def describe(trained: LoadedModel, with_preprocessing: bool) -> dict[str, Any]:
     pixels, normalised = "uint8 RGB [N, 32, 32, 3]", "float32 RGB [N, 3, 32, 32], (level / 255 - mean) / std"
     return {
         "network": trained.recipe.model,
-        "trained_on": trained.recipe.data_note,
+        **({"trained_on": trained.trained_on} if trained.trained_on else {}),
         "input": pixels if with_preprocessing else normalised,
         "output": "probabilities [N, classes]" if with_preprocessing else "logits [N, classes]",
         "mean": list(dataset.CIFAR100_MEAN),

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     """Classify the images that the arguments name; 1 if any could not be read or drawn, else 0."""
     args = build_parser().parse_args(argv)
     device = choose_device(args.device)
-    trained = load_model(args.weights or find_weights(args.output_dir), device)
+    trained = load_model(args.weights or find_weights(args.output_dir), device, args.model)
     if args.topk > len(trained.classes):
         raise UsageError(f"--topk {args.topk}: the network has {len(trained.classes)} classes")
     set_up_torch(trained.recipe.seed, device, deterministic=False)
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     start_log(None)
     if not args.json:
         path = printable(trained.path, 300)
-        LOG.info(f"{trained.recipe.model} from {path}, trained on {trained.recipe.data_note}")
+        trained_on = f", trained on {trained.trained_on}" if trained.trained_on else ""
+        LOG.info(f"{trained.recipe.model} from {path}{trained_on}")
 
     number, failed, not_drawn, width = 0, 0, 0, max(map(len, trained.classes))
     with warnings.catch_warnings(), progress_bar(unit="image") as bar:
@@ -340,7 +341,8 @@ def save_drawing(
     if _identity(path) in protected:
         raise RunError(f"{path} exists and is, or may be, an input: no drawing replaces it, see --save")
     names, values = zip(*((row["class"], row["probability"]) for row in result.predictions), strict=True)
-    title = f"{printable(name, 60)} ({trained.recipe.model}, {trained.recipe.data_note})"
+    network = ", ".join(filter(None, (trained.recipe.model, trained.trained_on)))
+    title = f"{printable(name, 60)} ({network})"
     figure = prediction_figure(result.preview, names, values, title)
     return write_png(figure, path)
 

@@ -3,7 +3,7 @@
     python train.py                              asks three questions, then trains
     python train.py --yes --epochs 100           asks nothing
     python train.py --resume                     resumes an interrupted run
-    torchrun --nproc-per-node=2 train.py --yes   several processes, one run
+    torchrun --nproc-per-node=2 train.py --yes   several processes, one run (several machines: README.md)
 
 Plots, history and checkpoints are in output/; `python train.py --help` lists every choice.
 """
@@ -82,9 +82,12 @@ def main(argv: list[str] | None = None) -> int:
             device, saved = choose_device(settings.device), None
             if settings.resume is not None:
                 default = RunFiles(settings.output_dir or Path("output"), settings.name or DEFAULT_NAME)
-                saved = SavedRun.load(settings.resume, default)
+                distributed.start(device, sync_bn=settings.sync_bn)
+                # the others may be on machines that do not have the file
+                saved = SavedRun.load(settings.resume, default) if distributed.is_main() else None
+                saved = distributed.broadcast_object(saved)
             recipe = choose_recipe(given, saved, device)
-            if saved is not None and (results := saved.results_if_finished()):
+            if saved is not None and (results := distributed.broadcast_object(saved.results_if_finished())):
                 LOG.info(f"The run is finished, nothing is left to train. Results: {results}")
                 return 0
             train(recipe, settings, device, saved, interrupts)
@@ -270,28 +273,39 @@ def choose_recipe(given: dict[str, Any], saved: SavedRun | None, device: torch.d
 
 
 def load_data(recipe: Recipe, settings: Settings) -> tuple[ImageData, Recipe]:
-    """The images; where CIFAR-100 is unavailable, a person at a terminal is offered the synthetic set.
+    """The images, and the recipe, which is the main process's on every rank.
 
-    The main process downloads; the others wait for it and read what it wrote.
+    The first process of each machine downloads; the others wait for it and read what it wrote. Where the main
+    process finds CIFAR-100 unavailable, a person at its terminal is offered the synthetic set.
 
     Raises:
-        DatasetUnavailable: CIFAR-100 is unavailable and nobody accepted the offer.
+        DatasetUnavailable: CIFAR-100 is unavailable on this machine and nobody accepted the offer.
+        RunError: the files here are damaged, another machine has no data, or the offer was refused.
     """
-    dataset, data = recipe.dataset, None
-    if distributed.is_main():
+    data, failure = None, None
+    if distributed.local_rank() == 0:
         try:
-            data = load_dataset(dataset, settings.data_dir, url=settings.data_url)
-        except DatasetUnavailable as error:
-            if settings.yes or settings.resume is not None or not is_interactive():
-                raise
-            print(error)
-            if not ask_yes_no("Train on the built-in synthetic images instead? (y/n, default: y): "):
-                raise RunError("no data to train on") from None
-            dataset = "synthetic"
-    dataset = distributed.broadcast_object(dataset)
+            data = load_dataset(recipe.dataset, settings.data_dir, url=settings.data_url)
+        except RunError as error:
+            failure = error
+    reason = failure and str(failure).splitlines()[0].rstrip(":")
+    reasons = distributed.gather_objects(reason, "the data set")
+    may_offer = not settings.yes and settings.resume is None and is_interactive()
+    if distributed.broadcast_object(isinstance(failure, DatasetUnavailable) and may_offer):
+        if distributed.is_main():
+            print(failure)
+        if not ask_yes_no("Train on the built-in synthetic images instead? (y/n, default: y): "):
+            raise RunError("no data to train on")
+        data, recipe = None, replace(recipe, dataset="synthetic")
+    elif failure is not None:
+        raise failure
+    elif any(reasons):
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
+        raise RunError(f"the machine of rank {rank} has no data: {reason}")
+    recipe = distributed.broadcast_object(recipe)  # the default precision depends on the machine
     if data is None:
-        data = load_dataset(dataset, settings.data_dir, url=settings.data_url)
-    return data, replace(recipe, dataset=dataset)
+        data = load_dataset(recipe.dataset, settings.data_dir, url=settings.data_url)
+    return data, recipe
 
 
 def make_splits(data: ImageData, recipe: Recipe) -> tuple[Split, Split, Split | None]:

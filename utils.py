@@ -29,7 +29,7 @@ from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
 from core.cli import LOG
 from core.errors import RunError, UsageError
-from core.machine import autocast
+from core.machine import autocast, report_out_of_memory
 
 # The random streams of a run: entries of SeedSequence's spawn key, as are epoch, batch and rank. Sums of seed
 # and epoch would collide (1 + 2 and 2 + 1), and so would tuples of different length ((1,) and (1, 0)).
@@ -361,6 +361,9 @@ def find_lr(
     It trains a copy of `model`, with an optimizer of its own, on epoch 0 of `loader`, which training (from
     epoch 1) does not use; so the network, the optimizer and every random state are afterwards as before.
     Its batches are the full global ones, for which the rate is: with several processes, call it on rank 0.
+
+    Raises:
+        RunError: out of memory.
     """
     from torch_lr_finder import LRFinder  # here, since it imports pyplot, which most scripts never need
 
@@ -370,6 +373,10 @@ def find_lr(
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))  # its remarks; ours say more
         if sys.stderr is None or not sys.stderr.isatty():
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))  # its progress bar
+        # the finder computes a batch at once, whatever --accumulate says
+        quiet.enter_context(
+            report_out_of_memory("pass a smaller --batch-size, or --lr to skip the LR finder")
+        )
         scaling = {
             "amp_backend": "torch",
             "amp_config": {"device_type": device.type, "enabled": False},  # `twin` has its own autocast

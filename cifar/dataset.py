@@ -4,6 +4,7 @@ Also the built-in synthetic images, class-balanced subsets, and a held-out valid
 """
 
 import hashlib
+import logging
 import os
 import pickle
 import warnings
@@ -13,8 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from cifar import synthetic
-from cifar.download import DownloadFailed, extract, fetch, md5_of
+from cifar.download import DownloadFailed, broken_link, extract, fetch, md5_of
+from core import distributed
+from core.cli import DATA_DIR
 from core.errors import RunError, UsageError
+
+log = logging.getLogger(__name__)
 
 DATASETS = {"cifar100": (50_000, 10_000), "synthetic": (10_000, 2_000)}  # training and test images
 NUM_CLASSES = 100
@@ -25,6 +30,8 @@ NUM_CLASSES = 100
 CIFAR100_MEAN = (0.5071, 0.4867, 0.4408)
 CIFAR100_STD = (0.2675, 0.2565, 0.2761)
 
+# where scripts that were started in another folder find the data too
+REPOSITORY_DATA = Path(__file__).resolve().parent.parent / "data"
 FOLDER = "cifar-100-python"
 ARCHIVE = "cifar-100-python.tar.gz"
 ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
@@ -84,15 +91,17 @@ class ImageData:
 def load_dataset(name: str, data_dir: str | Path, *, url: str | None = None) -> ImageData:
     """The dataset `name` ("cifar100" or "synthetic").
 
-    CIFAR-100 is read from `data_dir`; if it is not there, it is extracted from an archive in that folder, or
-    downloaded. `url`, or the environment variable CIFAR100_URL, is tried before the built-in sources; it may
-    be an http(s) URL, a file URL or the path of an archive. "synthetic" reads and writes nothing.
+    CIFAR-100 is read from `data_dir`, or from the repository's data/ where `data_dir` is the default and has
+    none; if it is not there, it is extracted from an archive in that folder, or downloaded. `data_dir` may
+    also be the folder cifar-100-python itself. `url`, or the environment variable CIFAR100_URL, is tried
+    before the built-in sources; it may be an http(s) URL, a file URL or the path of an archive. "synthetic"
+    reads and writes nothing.
 
     Raises:
         UsageError: unknown name.
         DatasetUnavailable: no source provided the archive; the message gives each one's reason on a line of
             its own, and what to do.
-        RunError: a file in `data_dir` is damaged (it is neither unpickled nor replaced).
+        RunError: a file in `data_dir` is damaged or unreadable (it is neither unpickled nor replaced).
     """
     if name == "synthetic":
         train, test = (Split(*synthetic.generate(split)) for split in (0, 1))
@@ -109,18 +118,60 @@ def load_dataset(name: str, data_dir: str | Path, *, url: str | None = None) -> 
     return ImageData(name, _split(train), _split(test), classes, superclasses, superclass_of)
 
 
-def _provide_files(data_dir: Path, url: str | None) -> dict[str, bytes]:
-    """The verified bytes of the three files in `data_dir`, extracted or downloaded first if need be."""
-    folder, archive = data_dir / FOLDER, data_dir / ARCHIVE
+def find_folder(data_dir: Path) -> Path | None:
+    """The folder of the three files, there or in the archive beside it; None where CIFAR-100 is not here.
+
+    They may be damaged or unreadable, which `load_dataset` reports.
+    """
+    for folder in _possible_folders(data_dir):
+        paths = (folder.parent / ARCHIVE, *(folder / member for member in MEMBER_MD5))
+        if not all(map(_is_absent, paths)):
+            return folder
+    return None
+
+
+def _possible_folders(data_dir: Path) -> list[Path]:
+    """Where the three files may be; a download goes to the first."""
+    folders, itself = [data_dir / FOLDER], data_dir.absolute()
+    if itself.name == FOLDER or all(os.path.isfile(itself / member) for member in MEMBER_MD5):
+        folders.insert(0, itself)
+    if data_dir == DATA_DIR:
+        folders.append(REPOSITORY_DATA / FOLDER)
+    return folders
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether nothing is at `path`, as opposed to something unreadable or a broken link."""
     try:
-        return _read_files(folder)
-    except RunError as error:
-        if archive.exists():
+        path.stat()
+    except FileNotFoundError:
+        return broken_link(path) is None
+    except OSError:
+        pass
+    return False
+
+
+def _provide_files(data_dir: Path, url: str | None) -> dict[str, bytes]:
+    """The verified bytes of the three files, extracted or downloaded first if need be."""
+    folders, found = _possible_folders(data_dir), find_folder(data_dir)
+    folder = found or folders[0]
+    archive = folder.parent / ARCHIVE
+    if found != folders[0] and distributed.local_rank() == 0:
+        searched = dict.fromkeys(str(place.parent.resolve()) for place in folders if place != found)
+        doing = "reading it from" if found else "downloading it to"
+        log.warning("CIFAR-100 is not in %s: %s %s", " or ".join(searched), doing, folder.parent.resolve())
+    if found is None:
+        _download_archive(archive, url)
+    else:
+        try:
+            return _read_files(folder)
+        except RunError as error:
+            if not os.path.lexists(archive):
+                hint = "pass another --data-dir"
+                if os.path.lexists(folder):
+                    hint = f"delete the folder {folder} and run again to download it"
+                raise RunError(f"{error}; correct that, or {hint}") from None
             _check_archive(archive)
-        elif any((folder / member).exists() for member in MEMBER_MD5):
-            raise RunError(f"{error}; delete the folder {folder} and run again to download it") from None
-        else:
-            _download_archive(archive, url)
     extract(archive, [f"{FOLDER}/{member}" for member in MEMBER_MD5], folder)
     try:
         return _read_files(folder)
@@ -142,7 +193,7 @@ def _read_files(folder: Path) -> dict[str, bytes]:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            raise RunError(f"{path} is missing") from None
+            raise RunError(broken_link(path) or f"{path} is missing") from None
         except OSError as error:
             raise RunError(f"{path} cannot be read ({error.strerror})") from None
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
@@ -160,7 +211,8 @@ def _check_archive(archive: Path) -> None:
     try:
         size, md5 = archive.stat().st_size, md5_of(archive)
     except OSError as error:
-        raise RunError(f"{archive} cannot be read: {error.strerror}") from error
+        problem = broken_link(archive) or f"{archive} cannot be read ({error.strerror})"
+        raise RunError(f"{problem}; correct that, or delete it and run again") from error
     if md5 != ARCHIVE_MD5:
         problem = f"{size:,} bytes; it should have {ARCHIVE_BYTES:,} bytes with md5 {ARCHIVE_MD5}"
         raise RunError(f"{archive} is damaged ({problem}): delete it and run again")

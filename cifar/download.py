@@ -89,6 +89,18 @@ def md5_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def broken_link(path: Path) -> str | None:
+    """A sentence about the broken symbolic link that `path` is or goes through; None if there is none."""
+    for link in filter(os.path.islink, (path, *path.parents)):
+        try:
+            link.stat()
+        except FileNotFoundError:  # PermissionError: the target may exist
+            return f"{link} is a broken link to {os.readlink(link)}"
+        except OSError:
+            pass
+    return None
+
+
 def extract(archive: Path, names: Sequence[str], folder: Path) -> None:
     """Extract the files `names` of a tar.gz of known md5 into `folder`, each one atomically.
 
@@ -147,13 +159,12 @@ class _Download:
         Raises:
             _SourceFailed: it did not.
         """
+        path = None if "://" in source else Path(os.path.expanduser(source))
         while True:
             try:
-                is_url = "://" in source
-                url = source if is_url else Path(os.path.expanduser(source)).absolute().as_uri()
-                start = self._receive(url, min_speed)
+                start = self._receive(path.absolute().as_uri() if path else source, min_speed)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                raise _SourceFailed(_reason(error)) from error
+                raise _SourceFailed((path and broken_link(path)) or _reason(error)) from error
             if self._accept_part():
                 return
             if start == 0:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -27,14 +28,16 @@ MAX_ATTEMPTS = 100
 # How long ranks other than 0 wait before they print an error.
 ERROR_DELAY_S = 2.0
 PRECISIONS = ("fp32", "bf16", "fp16")
+DATA_DIR = Path("data")  # default of --data-dir
 
 
 def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> T:
     """Ask `question` on standard input until `parse` accepts the answer; an empty answer means `default`.
 
-    Works at a terminal and from a pipe, where the answer is echoed to keep the log readable. At the end of
-    input the default is used, and announced as `shown`. A wrong answer, for which `parse` raises ValueError,
-    is explained. Only rank 0 asks; every rank gets its answer.
+    Works at a terminal and from a pipe, where a line before the first question says how to answer, and each
+    answer is echoed to keep the log readable. At the end of input the default is used, and announced as
+    `shown`. A wrong answer, for which `parse` raises ValueError, is explained. Only rank 0 asks; every rank
+    gets its answer.
 
     Raises:
         UsageError: MAX_ATTEMPTS answers were wrong.
@@ -44,6 +47,8 @@ def ask(question: str, default: T, parse: Callable[[str], T], *, shown: str) -> 
 
 
 def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) -> T:
+    if not is_interactive():
+        _say_how_to_answer()
     for _ in range(MAX_ATTEMPTS):
         try:
             text = _read_line(question)
@@ -57,6 +62,12 @@ def _ask_here(question: str, default: T, parse: Callable[[str], T], shown: str) 
         except ValueError as error:
             print(f"  {error}", flush=True)
     raise UsageError(f"{MAX_ATTEMPTS} wrong answers to {question.strip()!r}: pass a flag instead, or --yes")
+
+
+@functools.cache
+def _say_how_to_answer() -> None:
+    """Where standard input is no terminal, say once what answers the questions."""
+    print("No terminal: pipe the answers, one per line, or pass --yes or the flags instead.", flush=True)
 
 
 def _read_line(question: str) -> str:
@@ -150,8 +161,9 @@ class Parser(argparse.ArgumentParser):
 def add_data_dir(group: argparse._ActionsContainer, *, download: bool = True) -> None:
     """Add --data-dir and, for the scripts that may download the data set, --data-url."""
     if_missing = "it is downloaded there if missing" if download else "nothing is downloaded"
-    text = f"folder with cifar-100-python/; {if_missing} (default: $CIFAR_DATA, else data)"
-    folder = Path(os.environ.get("CIFAR_DATA") or "data")
+    text = f"folder with cifar-100-python/; {if_missing} (default: $CIFAR_DATA, else data, here or beside "
+    text += "the scripts)"
+    folder = Path(os.environ.get("CIFAR_DATA") or DATA_DIR)
     group.add_argument("--data-dir", type=Path, default=folder, metavar="DIR", help=text)
     if download:
         text = "try this address or local archive first (default: $CIFAR100_URL)"
@@ -160,9 +172,11 @@ def add_data_dir(group: argparse._ActionsContainer, *, download: bool = True) ->
 
 
 def add_weights(group: argparse._ActionsContainer, folder_help: str) -> None:
-    """Add --weights and --output-dir, for the scripts that use a trained network."""
+    """Add --weights, --model and --output-dir, for the scripts that use a trained network."""
     text = "checkpoint of train.py (default: the best run in the output folder, else the included weights)"
     group.add_argument("--weights", type=Path, metavar="FILE", help=text)
+    text = "network of --weights, for weights that another program saved (a state dict by torch.save)"
+    group.add_argument("--model", metavar="NAME", help=text)
     text = f"{folder_help} (default: output)"
     group.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR", help=text)
 

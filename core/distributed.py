@@ -61,8 +61,11 @@ def local_world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its machine, from 0: the index of its CUDA device."""
-    return _from_environment("LOCAL_RANK", 0) if _enabled else 0
+    """This process's number on its machine, from 0: the index of its CUDA device.
+
+    On each machine, process 0 provides the data set for the others.
+    """
+    return _from_environment("LOCAL_RANK", 0) if world_size() > 1 else 0
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -93,14 +96,22 @@ def start(device: torch.device, *, sync_bn: bool = False) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     line = f"Waiting for {world_size() - 1} more process(es) at {address}"
+    with _announced(line), _default_signals():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        _waiting_group()
+
+
+@contextlib.contextmanager
+def _announced(line: str) -> Iterator[None]:
+    """Print `line` on the main process where the block takes longer than SILENT_WAIT_S."""
     notice = threading.Timer(SILENT_WAIT_S, print, [line], {"flush": True})
     notice.daemon = True
     if is_main():
         notice.start()
-    with _default_signals():
-        dist.init_process_group(backend, timeout=TIMEOUT)
-        _waiting_group()
-    notice.cancel()
+    try:
+        yield
+    finally:
+        notice.cancel()
 
 
 @contextlib.contextmanager
@@ -116,7 +127,7 @@ def _default_signals() -> Iterator[None]:
 
 @functools.cache
 def _waiting_group() -> "dist.ProcessGroup":
-    """A group of the same processes for `broadcast_object`, which waits longer and uses no GPU."""
+    """A group of the same processes for whole objects, which waits longer and uses no GPU."""
     return dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
 
 
@@ -152,6 +163,19 @@ def broadcast_object(value: object) -> object:
     with _default_signals():
         dist.broadcast_object_list(box, src=0, group=_waiting_group())
     return box[0]
+
+
+def gather_objects(value: object, what: str) -> list[object]:
+    """Every rank's `value` (any picklable object), by rank, on every rank.
+
+    Args:
+        what: named where the main process waits long for the others.
+    """
+    values = [value] * world_size()
+    if world_size() > 1:
+        with _announced(f"Waiting for {what} on other processes"), _default_signals():
+            dist.all_gather_object(values, value, group=_waiting_group())
+    return values
 
 
 def any_rank(device: torch.device, *flags: bool) -> list[bool]:

@@ -10,13 +10,14 @@ import platform
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from core import distributed
-from core.errors import UsageError
+from core.errors import RunError, UsageError
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,6 +62,24 @@ def fastest_precision(device: torch.device) -> str:
             if not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split()):
                 return "bf16"
     return "fp32"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host ran out of memory, while compiling too, where torch wraps the error."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(sign in str(error) for sign in ("out of memory", "can't allocate memory"))
+
+
+@contextlib.contextmanager
+def report_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn torch's errors about too little memory into a RunError that ends with `advice`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory: {advice}") from None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar.dataset import Split, balanced_subset
-from core.machine import autocast
 from training.engine import Metrics, evaluate
 from utils import make_test_batches
 
@@ -59,10 +58,8 @@ def timed_logits(
 
     A GPU first runs one batch untimed, in which it chooses its kernels.
     """
-    device = batches[0][0].device
-    if device.type != "cpu":
-        with torch.inference_mode(), autocast(device, precision):
-            model.eval()(batches[0][0])[0, 0].item()  # waits for the device
+    if batches[0][0].device.type != "cpu":
+        evaluate(model, batches[:1], precision=precision)
     start = time.perf_counter()
     metrics, logits = logits_of(model, batches, precision=precision)
     return metrics, logits, metrics.images / (time.perf_counter() - start)

@@ -70,6 +70,8 @@ class Evaluation:
     @property
     def subject(self) -> str:
         """The network and its weights, in a few words."""
+        if not self.trained.state:  # weights of unknown training
+            return self.trained.recipe.model
         epoch = weights_epoch(self.trained.state)
         which = "weights within an epoch" if epoch is None else f"epoch {epoch}"
         return f"{self.trained.recipe.model}, {which}"
@@ -365,8 +367,12 @@ def _setup_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
     rows = [
         ("Weights", trained.path.name),
         ("Network", f"{recipe.model}, {count_parameters(trained.model):,} parameters"),
-        ("Training", f"{recipe.epochs} epochs of SGD, batch {recipe.batch_size}, {recipe.schedule_note}"),
-        ("Training data", f"{recipe.data_note}, {recipe.augment} augmentation, seed {recipe.seed}"),
+    ]
+    if trained.trained_on:
+        schedule = f"{recipe.epochs} epochs of SGD, batch {recipe.batch_size}, {recipe.schedule_note}"
+        images = f"{trained.trained_on}, {recipe.augment} augmentation, seed {recipe.seed}"
+        rows += [("Training", schedule), ("Training data", images)]
+    rows += [
         ("Test data", evaluation.data_note),
         ("Test", evaluation.setting_note),
         ("Throughput", f"{evaluation.images_per_s:,.0f} images/s, without loading"),

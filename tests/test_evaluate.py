@@ -17,6 +17,7 @@ from core.errors import RunError
 from core.machine import versions
 from helpers.small_run import NAMES, Evaluated, make_run
 from inspection.inference import ShiftAccuracy
+from training import checkpoint
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.engine import Metrics
 from training.engine import evaluate as engine_evaluate
@@ -189,6 +190,8 @@ def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(
         (["--limit-test", "201"], 2, "cannot take 201 of 200 images"),
         (["--output-dir", "file"], 1, "is a file, not a folder"),
         (["--output-dir", "empty"], 2, "no trained weights"),
+        (["--model", "resnet32"], 2, "small_best.pth holds a resnet20, not a resnet32: leave --model out"),
+        (["--model", "resnet21"], 2, "--model 'resnet21' is not known"),
         (["--json", "empty/no/f.json"], 2, "there is no folder empty/no"),
         (["--json", "empty"], 2, "it is a folder"),
         (["--json", "small_best.pth"], 2, "is an input of this command"),
@@ -219,6 +222,27 @@ def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, flags, 
     assert words in error
     assert Path("photo.png").read_bytes() == b"photo"
     assert load_checkpoint("small_best.pth")["name"] == "small"
+
+
+def test_weights_of_unknown_training_are_evaluated_and_nothing_is_said_of_it(
+    evaluated, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(checkpoint, "CARRIED_WEIGHTS", evaluated.run.files.best)  # names the classes
+    torch.save(evaluated.run.model.state_dict(), tmp_path / "mine.pth")
+    flags = [*evaluated.flags, "--weights", str(tmp_path / "mine.pth"), "--output-dir", str(tmp_path)]
+    flags += ["--limit-test", "100"]
+    assert run_main(lambda: evaluate.main(flags), "evaluate.py") == 1
+    assert "holds weights, but not as train.py writes them" in capsys.readouterr().err
+    assert evaluate.main([*flags, "--model", "resnet20", "--json", str(tmp_path / "mine.json")]) == 0
+    metrics = json.loads((tmp_path / "mine.json").read_text())
+    split = balanced_subset(load_dataset("cifar100", evaluated.data_dir).test, 100, 0)
+    measured = engine_evaluate(evaluated.run.model, make_test_batches(split, 100, "cpu"))
+    assert (metrics["top1"], metrics["images"]) == (measured.accuracy_percent, 100)
+    assert metrics["epoch"] is metrics["recorded"] is metrics["equals_recorded"] is None
+    page, out = (tmp_path / "mine_report.html").read_text("utf-8"), capsys.readouterr().out
+    assert "mine.pth: resnet20, a balanced subset of 100 of" in out
+    assert ">Network<" in page
+    assert not any(words in page for words in ("Training data", "epochs of SGD", "epoch 1", "seed 0"))
 
 
 def test_weights_of_other_classes_are_refused(evaluated, tmp_path) -> None:

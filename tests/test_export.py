@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import benchmark
 import export
-from core.cli import run_main
+from cifar import dataset
+from core.cli import DATA_DIR, run_main
 from core.errors import RunError, UsageError
 from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
 from training.checkpoint import load_model
@@ -89,6 +91,14 @@ def test_the_file_computes_what_the_network_does_and_describes_itself(
         assert str(Path(export.__file__).parent).encode() not in content
 
 
+def test_weights_of_unknown_training_are_exported_and_nothing_is_said_of_it(tmp_path, weights) -> None:
+    torch.save(load_model(weights).model.state_dict(), tmp_path / "mine.pth")
+    flags = ["--format", "torchscript", "--model", "resnet20"]
+    assert run(tmp_path / "mine.pth", tmp_path, *flags) == 0
+    meta = metadata((tmp_path / "resnet20.torchscript").read_bytes(), "torchscript")
+    assert meta["network"] == "resnet20" and "trained_on" not in meta
+
+
 @pytest.mark.parametrize("spoil", [lambda x: x + 2e-4, lambda x: x * float("nan")])
 def test_a_file_that_differs_is_not_written(tmp_path, weights, monkeypatch, spoil) -> None:
     real = export.load_exported
@@ -135,6 +145,17 @@ def test_real_test_images_are_counted_and_int8_is_calibrated(tmp_path, weights, 
         expected = model(normalize(images)).softmax(1)
     difference = (export.load_exported(content, "onnx")(images) - expected).abs()
     assert difference.max() > 1e-4 and difference.mean() < 0.01
+
+
+def test_the_data_is_found_where_load_dataset_finds_it(tmp_path, weights, monkeypatch, tiny_cifar) -> None:
+    trained, folder = load_model(weights), tiny_cifar.lay(tmp_path / "repository")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dataset, "REPOSITORY_DATA", folder.parent)
+    assert export.find_data(trained, tmp_path) is None
+    for data_dir in (folder, folder.parent, DATA_DIR):
+        assert len(export.find_data(trained, data_dir).train) == 200
+        train, _, name = benchmark.load_images(data_dir, 50)
+        assert (len(train), name) == (50, "CIFAR-100")
 
 
 def test_random_images_where_there_is_no_data(tmp_path, weights, capsys, tiny_cifar) -> None:

@@ -157,6 +157,16 @@ def test_table_names_class_and_superclass_by_the_best_run(tmp_path, weights, pat
     assert superclass == SUPERCLASSES[CLASSES.index(name) % 20]
 
 
+def test_weights_of_another_program_need_the_networks_name(tmp_path, weights, paths, capsys) -> None:
+    mine = tmp_path / "mine.pth"
+    torch.save(load_model(weights).model.state_dict(), mine)
+    assert predict.main([str(paths[0]), "--weights", str(mine), "--model", "resnet20"]) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"resnet20 from {mine}"
+    assert run_main(lambda: predict.main([str(paths[0]), "--weights", str(mine)]), "predict.py") == 1
+    assert "load them with --model NAME" in capsys.readouterr().err
+
+
 def test_unreadable_files_are_reported_and_the_others_classified(tmp_path, run, paths) -> None:
     broken, missing, empty, notes = (tmp_path / name for name in ("broken", "missing", "empty", "notes"))
     broken.write_bytes(paths[0].read_bytes()[:200])

@@ -25,9 +25,7 @@ PARSERS = {
     "experiments.py": experiments.build_parser,
     "benchmark.py": benchmark.build_parser,
 }
-SCRIPT = re.compile(
-    rf"(?:python|torchrun --nproc-per-node=\d+) ({'|'.join(map(re.escape, PARSERS))})([^`|&\n]*)"
-)
+SCRIPT = re.compile(rf"(?:python|torchrun(?: --[\w=-]+)+) ({'|'.join(map(re.escape, PARSERS))})([^`|&\n]*)")
 COMMANDS = sorted(
     {
         (script, words.strip())

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import train
+from core import distributed
 from core.cli import run_main
 from helpers import REPOSITORY
 from helpers.stand_ins import (
@@ -520,3 +521,19 @@ def test_every_flag_about_the_machine_is_in_the_command_that_resumes(monkeypatch
         command = Settings.from_args(parser.parse_args([*given, *flags])).resume_command(state)
         assert shlex.split(command) == ["python", "train.py", "--resume", str(state), *flags]
         assert parser.parse_args(shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize(
+    ("processes", "launcher"),
+    [
+        ("2", "--nproc-per-node=2"),
+        ("6", "--nproc-per-node=2 --nnodes=3 --node-rank=0 --master-addr=first --master-port=29500"),
+    ],
+)
+def test_the_command_that_resumes_starts_as_many_processes(monkeypatch, processes, launcher) -> None:
+    place = {"RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    for name, value in (place | {"WORLD_SIZE": processes}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_enabled", True)
+    command = Settings.from_args(build_parser().parse_args([])).resume_command(Path("a_last.pth"))
+    assert command == f"torchrun {launcher} train.py --resume a_last.pth"

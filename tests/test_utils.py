@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 import utils
 from cifar.dataset import Split
-from core.errors import UsageError
+from core.errors import RunError, UsageError
 from training.recipe import Recipe
 from utils import DEFAULT_LR, VALLEY, LRFinderResult, find_lr, suggest_lr
 
@@ -319,6 +319,17 @@ def run_finder(model: nn.Module, loader: DataLoader, **options: object) -> LRFin
     recipe = Recipe(lr=0.05)
     options = {"criterion": recipe.build_criterion(), "iterations": 30, **options}
     return find_lr(model, build_optimizer=recipe.build_optimizer, loader=loader, **options)
+
+
+class OutOfMemory(nn.Flatten):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nsecond line")
+
+
+def test_out_of_memory_in_the_finder_is_one_line() -> None:
+    message = "out of memory: pass a smaller --batch-size, or --lr to skip the LR finder"
+    with pytest.raises(RunError, match=f"^{message}$"):
+        run_finder(small_net().append(OutOfMemory()), loader_of())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -237,6 +237,11 @@ class LoadedModel:
     path: Path
     state: dict[str, Any]
 
+    @property
+    def trained_on(self) -> str | None:
+        """The data that it was trained on, in words; None where that is unknown."""
+        return self.recipe.data_note if self.state else None
+
 
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", model_name: str | None = None
@@ -249,11 +254,13 @@ def load_model(
 
     Raises:
         RunError: the file is missing, damaged, not a checkpoint, or does not fit the network that it names.
-        UsageError: there is no network called `model_name`.
+        UsageError: there is no network called `model_name`, or a checkpoint of train.py holds another one.
     """
     path = Path(path)
     if model_name is not None:
-        return _load_foreign(path, device, Recipe(model=model_name))
+        named = Recipe(model=model_name)
+        if COMMENT not in _read(path)[-COMMENT_LENGTH:]:
+            return _load_foreign(path, device, named)
     state = load_checkpoint(path)
     try:
         recipe = Recipe.from_dict(state["recipe"])
@@ -262,6 +269,8 @@ def load_model(
         model = build_model(recipe.model, num_classes=len(names[0]))
     except (KeyError, TypeError, ValueError) as error:  # UsageError is a ValueError
         raise RunError(f"{path} is not a checkpoint of a network: {error!r}") from None
+    if model_name not in (None, recipe.model):
+        raise UsageError(f"{path} holds a {recipe.model}, not a {model_name}: leave --model out")
     load_weights(model, state.get("model"), path)
     model = model.eval().to(device, memory_format=torch.channels_last)
     return LoadedModel(model, recipe, *names, superclass_of, path, state)

@@ -7,7 +7,7 @@ because each read waits for the device. Means are over images, not over batches.
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from core import distributed
 from core.cli import LOG, progress_bar
 from core.errors import RunError
-from core.machine import autocast
+from core.machine import autocast, is_out_of_memory, report_out_of_memory
 from training.convolution import use_fp32_weight_gradients
 from training.techniques import Techniques, soft_hits
 from utils import normalize
@@ -91,24 +91,6 @@ def _means(values: torch.Tensor) -> Metrics:
     return Metrics(loss / images, 100 * hits / images, int(images))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host ran out of memory, while compiling too, where torch wraps the error."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(sign in str(error) for sign in ("out of memory", "can't allocate memory"))
-
-
-@contextlib.contextmanager
-def _report_out_of_memory() -> Iterator[None]:
-    """Turn torch's errors about too little memory into a RunError that says what to do."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise RunError("out of memory: pass a smaller --batch-size, or --accumulate 2") from None
-
-
 class TrainStep:
     """One optimizer step on a batch: forward, loss, backward, SGD, schedule, and what the recipe adds.
 
@@ -175,7 +157,7 @@ class TrainStep:
         use, step = self.techniques, self.steps_done
         if global_size is None:
             global_size = len(labels) * distributed.world_size()
-        with _report_out_of_memory():
+        with report_out_of_memory("pass a smaller --batch-size, or --accumulate 2"):
             batch, targets = normalize(images), labels
             if use.network_seed:
                 torch.manual_seed(use.network_seed(step))
@@ -260,7 +242,7 @@ class TrainStep:
                     found = self._loss_and_gradient_norm(network, batch, targets)
                     reason = reason or _disagreement(found, eager)
             except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         self.network.train(training)
@@ -365,16 +347,22 @@ def train_one_epoch(
     return totals.metrics_over_ranks()
 
 
-def check_finite(totals: RunningTotals, where: str) -> None:
+def check_finite(totals: RunningTotals, where: str, over_ranks: Metrics | None = None) -> None:
     """Stop on a NaN or infinite loss, before that state can reach a checkpoint.
+
+    Args:
+        over_ranks: where they are known, the metrics of all processes: a loss that is not finite on one of
+            them then stops them all.
 
     Raises:
         RunError: naming `where` and the batch, and what to try.
     """
     bad = int(totals.bad_batch.item())
-    if bad != RunningTotals.NO_BAD_BATCH:
+    is_bad = bad != RunningTotals.NO_BAD_BATCH
+    if is_bad or (over_ranks and over_ranks.images and not math.isfinite(over_ranks.loss)):
+        batch = f"batch {bad}" if is_bad else "another process's part"
         raise RunError(
-            f"the loss became NaN or infinite in batch {bad} of {where}: start a new run with a lower --lr, "
+            f"the loss became NaN or infinite in {batch} of {where}: start a new run with a lower --lr, "
             "or resume with --precision fp32; the checkpoints on disk are from before"
         )
 
@@ -413,7 +401,7 @@ def evaluate(
         after_batch: called after each batch with the number of batches that are done.
 
     Raises:
-        RunError: the loss is not finite, so the weights are bad.
+        RunError: the loss is not finite on some process, so the weights are bad; or out of memory.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -424,7 +412,8 @@ def evaluate(
             for images, labels in batches
             for part in zip(images.split(CPU_TEST_BATCH_SIZE), labels.split(CPU_TEST_BATCH_SIZE), strict=True)
         ]
-    with progress_bar(total=len(batches), desc=title, unit="batch") as bar:
+    lower = report_out_of_memory("pass a smaller --test-batch-size, or with evaluate.py --batch-size")
+    with lower, progress_bar(total=len(batches), desc=title, unit="batch") as bar:
         for number, (images, labels) in enumerate(batches, start=1):
             with autocast(device, precision):
                 logits = model(images).float()
@@ -432,5 +421,6 @@ def evaluate(
             totals.add(loss_sum, (logits.argmax(1) == labels).sum(), len(labels), number)
             bar.update()
             after_batch(number)
-    check_finite(totals, f"the {title}")
-    return totals.metrics_over_ranks()
+    metrics = totals.metrics_over_ranks()  # before the check: every rank must take part
+    check_finite(totals, f"the {title}", metrics)
+    return metrics

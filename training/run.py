@@ -231,7 +231,7 @@ def choose_files(recipe: Recipe, settings: Settings, folder: Path, saved: SavedR
     if saved is not None:
         files = RunFiles(folder, settings.name or saved.name)
         own = saved.path.resolve() in (files.last.resolve(), files.previous.resolve())
-        if own or settings.overwrite or not distributed.broadcast_object(files.exists):
+        if distributed.broadcast_object(own or settings.overwrite or not files.exists):
             return files
         free = distributed.broadcast_object(files.next_free())
         LOG.info(f"{files.last} is not {saved.path} and is kept; this run writes {free.name}.")

@@ -1,6 +1,7 @@
 """The command line of train.py: its flags, and those of them that are not part of the recipe."""
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -72,10 +73,16 @@ class Settings:
         )
 
     def resume_command(self, state: Path) -> str:
-        """The command that resumes a run from `state`."""
+        """The command that resumes a run from `state`, on the machine of rank 0."""
         script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-        processes = distributed.world_size()
-        launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
+        processes, here = distributed.world_size(), distributed.local_world_size()
+        launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={here}"]
+        if processes > here:  # several machines; this is the first of them
+            address = (
+                f"--master-addr={os.environ['MASTER_ADDR']}",
+                f"--master-port={os.environ['MASTER_PORT']}",
+            )
+            launcher += [f"--nnodes={processes // here}", "--node-rank=0", *address]
         return shell_command([*launcher, script, "--resume", str(state), *self.repeated_flags])
 
 

@@ -1,8 +1,11 @@
 """CIFAR-100 on disk: intact files are read, others refused before unpickling; subsets and hold-outs."""
 
+import errno
+import functools
 import hashlib
 import os
 import pickle
+import re
 import urllib.request
 from pathlib import Path
 
@@ -10,7 +13,15 @@ import numpy as np
 import pytest
 
 from cifar import dataset
-from cifar.dataset import DatasetUnavailable, Split, balanced_subset, load_dataset, train_val_split
+from cifar.dataset import (
+    DatasetUnavailable,
+    Split,
+    balanced_subset,
+    find_folder,
+    load_dataset,
+    train_val_split,
+)
+from core.cli import DATA_DIR
 from core.errors import RunError, UsageError
 from helpers.tiny_cifar import tiny_split
 
@@ -82,6 +93,53 @@ def test_unavailable_gives_each_reason_and_says_what_to_do(tiny_cifar, tmp_path,
     assert not (tmp_path / dataset.FOLDER).exists()
 
 
+def test_the_inner_folder_stands_for_its_parent(tiny_cifar, tmp_path, monkeypatch):
+    folder = tiny_cifar.lay(tmp_path / "data")
+    renamed = tmp_path / "mine"
+    monkeypatch.chdir(folder)
+    for data_dir in (folder, Path("."), renamed):
+        if data_dir == renamed:
+            folder.rename(renamed)
+        assert find_folder(data_dir) == data_dir.absolute()
+        assert len(load_dataset("cifar100", data_dir).train) == 200
+    # with nothing there, the archive beside it fills that folder
+    (tmp_path / "data" / dataset.ARCHIVE).write_bytes(tiny_cifar.archive)
+    assert len(load_dataset("cifar100", folder).train) == 200
+    assert sorted(path.name for path in folder.iterdir()) == ["meta", "test", "train"]
+
+
+def test_scripts_in_another_folder_read_the_repositorys_data(tiny_cifar, tmp_path, monkeypatch, caplog):
+    repository, here = tmp_path / "repository", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(dataset, "REPOSITORY_DATA", repository)
+    tiny_cifar.lay(repository)
+    assert find_folder(DATA_DIR) == repository / dataset.FOLDER
+    assert find_folder(here) is None  # a folder that was named is the only one
+    assert len(load_dataset("cifar100", "data").train) == 200
+    assert caplog.messages == [f"CIFAR-100 is not in {here / 'data'}: reading it from {repository}"]
+    assert list(here.iterdir()) == []
+
+    caplog.clear()
+    tiny_cifar.lay(here / "data")
+    assert find_folder(DATA_DIR) == DATA_DIR / dataset.FOLDER  # the nearer one comes first
+    assert len(load_dataset("cifar100", "data").train) == 200
+    assert caplog.messages == []
+
+
+def test_a_download_says_first_where_the_data_was_looked_for(tiny_cifar, tmp_path, monkeypatch, caplog):
+    archive = tmp_path / "good.tar.gz"
+    archive.write_bytes(tiny_cifar.archive)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dataset, "REPOSITORY_DATA", tmp_path / "repository")
+    assert len(load_dataset("cifar100", "data", url=str(archive)).train) == 200
+    here = tmp_path / "data"
+    assert caplog.messages == [
+        f"CIFAR-100 is not in {here} or {tmp_path / 'repository'}: downloading it to {here}"
+    ]
+    assert (here / dataset.FOLDER / "train").is_file() and not (tmp_path / "repository").exists()
+
+
 def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -98,6 +156,11 @@ def make_a_folder(path: Path) -> None:
     path.mkdir()
 
 
+def break_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("gone")
+
+
 HARM = {
     "flipped byte in train": (lambda f: flip_a_byte(f / "train"), "train is damaged"),
     "flipped byte in meta": (lambda f: flip_a_byte(f / "meta"), "meta is damaged"),
@@ -105,6 +168,7 @@ HARM = {
     "short": (lambda f: os.truncate(f / "test", 1000), "test is damaged (1,000 bytes"),
     "empty": (lambda f: (f / "meta").write_bytes(b""), "meta is damaged (0 bytes"),
     "missing": (lambda f: (f / "test").unlink(), "test is missing"),
+    "broken link": (lambda f: break_link(f / "meta"), "meta is a broken link to gone"),
     "folder": (lambda f: make_a_folder(f / "train"), "train cannot be read"),
 }
 
@@ -122,6 +186,38 @@ def test_damaged_file_is_refused_and_kept(harm, tiny_cifar, tmp_path):
     assert reason in message and "\n" not in message
     assert f"delete the folder {folder}" in message
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+def test_what_a_broken_link_or_no_permission_hides_is_not_downloaded(tiny_cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "fetch", lambda *_, **__: pytest.fail("downloaded"))
+    link = tmp_path / "link"
+    link.symlink_to("gone")
+    with pytest.raises(RunError, match=r"link is a broken link to gone; correct that, or pass another"):
+        load_dataset("cifar100", link)
+    (tmp_path / dataset.ARCHIVE).symlink_to("gone")
+    with pytest.raises(RunError, match=r"tar\.gz is a broken link to gone; correct that, or delete it"):
+        load_dataset("cifar100", tmp_path)
+
+    locked = tmp_path / "locked"
+    real = {name: getattr(Path, name) for name in ("stat", "read_bytes")}
+
+    def refuse(name: str, path: Path, **options: object) -> object:  # not by chmod: root may read everything
+        if path.is_relative_to(locked):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real[name](path, **options)
+
+    for name in real:
+        monkeypatch.setattr(Path, name, functools.partialmethod(functools.partial(refuse, name)))
+    with pytest.raises(RunError, match=r"train cannot be read \(Permission denied\); correct that, or pass"):
+        load_dataset("cifar100", locked)
+
+
+def test_a_broken_link_as_source_is_named(tiny_cifar, tmp_path, monkeypatch):
+    link = tmp_path / "link.tar.gz"
+    link.symlink_to("gone")
+    monkeypatch.setattr(dataset, "SOURCES", ("http://one.invalid/a",))
+    with pytest.raises(DatasetUnavailable, match=re.escape(f"  {link}: {link} is a broken link to gone\n")):
+        load_dataset("cifar100", tmp_path / "data", url=str(link))
 
 
 @pytest.mark.parametrize("harm", [name for name in HARM if name != "folder"])

@@ -64,6 +64,13 @@ def test_a_command_is_quoted_for_this_systems_shell(monkeypatch: pytest.MonkeyPa
 
 # ---- questions ----
 
+HOW_TO_ANSWER = "No terminal: pipe the answers, one per line, or pass --yes or the flags instead.\n"
+
+
+@pytest.fixture(autouse=True)
+def no_question_yet() -> None:
+    cli._say_how_to_answer.cache_clear()
+
 
 @pytest.mark.parametrize(
     ("text", "default", "answer"),
@@ -79,7 +86,10 @@ def test_a_wrong_answer_is_explained_and_asked_again(monkeypatch, capsys) -> Non
     assert ask("Epochs: ", 20, EPOCHS, shown="20") == 12
     why = "  The number of epochs takes a whole number from 1 to 1,000, not 'maybe'. Please answer again.\n"
     again = f"Epochs: 0\n{why.replace('maybe', '0')}Epochs: 12\n"
-    assert capsys.readouterr().out == f"Epochs: maybe\n{why}{again}"  # an answer from a pipe is echoed
+    first = f"{HOW_TO_ANSWER}Epochs: maybe\n{why}{again}"
+    assert capsys.readouterr().out == first  # an answer from a pipe is echoed
+    assert ask("Epochs: ", 20, EPOCHS, shown="20") == 20
+    assert HOW_TO_ANSWER not in capsys.readouterr().out  # before the first question alone
 
 
 @pytest.mark.parametrize("stdin", ["none", "closed", "failing", "wrong to its end"])
@@ -127,6 +137,7 @@ def test_questions_of_a_process_through_a_pipe(answers: bytes, expected: str, en
     out, err = process.communicate(answers, timeout=60)
     assert (process.returncode, err) == (0, b"")
     assert f"ANSWERS {expected}" in out.decode()
+    assert out.decode().startswith(HOW_TO_ANSWER.replace("\n", os.linesep)) and out.count(b"--yes") == 1
     assert b"\x1b" not in out and b"\x00" not in out  # no terminal codes in a log
 
 
@@ -149,6 +160,7 @@ def terminal():
 
 @POSIX_ONLY
 def test_wrong_answers_and_ctrl_d_at_a_terminal(terminal) -> None:
+    terminal.logfile_read = transcript = io.BytesIO()
     for question, answer in [
         ("LR Finder", "perhaps"),
         ("Please answer y or n, not 'perhaps'[^?]*LR Finder", b"\xff\xfe"),  # no UTF-8
@@ -164,6 +176,7 @@ def test_wrong_answers_and_ctrl_d_at_a_terminal(terminal) -> None:
     terminal.sendeof()
     terminal.expect("No answer: taking the default, 20")
     terminal.expect("ANSWERS False 0.25 20")
+    assert b"No terminal" not in transcript.getvalue()
 
 
 @POSIX_ONLY

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import train
+from cifar import dataset
 from cifar.dataset import load_dataset
 from core import cli, distributed
 from helpers import REPOSITORY
+from helpers.tiny_cifar import TinyCifar
 from model import build_model
 from training import engine
 from training import run as run_module
@@ -132,6 +134,99 @@ def test_two_processes_train_as_one(tmp_path: Path, started: list) -> None:
         assert theirs["final_test"][kind] == pytest.approx(ours["final_test"][kind], abs=1e-3)
         assert theirs["final_test"][kind]["images"] == 151
     assert (tmp_path / "out.txt").read_text().count("Epoch [1/2]") == 1  # only rank 0 prints
+
+
+# train.py with a look-alike of CIFAR-100.
+WITH_TINY_CIFAR = """
+import sys
+import pytest
+import train
+from cifar import dataset
+from core.cli import run_main
+from helpers.tiny_cifar import install_tiny_cifar, tiny_contents
+install_tiny_cifar(pytest.MonkeyPatch(), tiny_contents())
+dataset.SOURCES = ["/nowhere.tar.gz"]
+sys.exit(run_main(train.main, "train.py"))
+"""
+ON_TWO_MACHINES = ["--yes", "--model", "resnet20", "--lr", "0.05", "--epochs", "2", "--batch-size", "60"]
+ON_TWO_MACHINES += ["--val-split", "20", "--workers", "0", "--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture
+def two_machines(tmp_path: Path, tiny_cifar: TinyCifar) -> list[Path]:
+    """Two folders with WITH_TINY_CIFAR as tiny.py, the data set in the first, its archive in the second."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "tiny.py").write_text(WITH_TINY_CIFAR)
+    tiny_cifar.lay(folders[0] / "data")
+    (folders[1] / "mine.tar.gz").write_bytes(tiny_cifar.archive)
+    return folders
+
+
+def on_each(folders: list[Path], started: list, flags: list[str], *launcher: str) -> list[int]:
+    """Run tiny.py in every folder, by torchrun with the options `launcher` where there are any; exit codes.
+
+    Its output goes to out.txt and err.txt there. Nothing may be left of it.
+    """
+    port, first = free_port(), len(started)
+    paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    for rank, folder in enumerate(folders):
+        own = {"PYTHONPATH": paths, "CIFAR_DATA": str(folder / "data")}
+        env = (
+            environment(**own) if launcher else rank_environment(str(rank), port) | own | {"LOCAL_RANK": "0"}
+        )
+        options = [*launcher, f"--node-rank={rank}", f"--master-port={port}"]
+        torchrun = ["-m", "torch.distributed.run", *options] if launcher else []
+        started.append(start([sys.executable, *torchrun, "tiny.py", *flags], folder, "", env))
+    return [process.wait(timeout=PATIENCE_S) for process in started[first:]]
+
+
+def outputs(folders: list[Path], name: str) -> list[str]:
+    return [(folder / f"{name}.txt").read_text() for folder in folders]
+
+
+def test_two_machines_without_a_common_disk_train_and_resume_as_one(
+    two_machines, started, tiny_cifar
+) -> None:
+    first, second = two_machines
+    launcher = ["--nnodes=2", "--master-addr=127.0.0.1", "--nproc-per-node=1"]
+    flags = [*ON_TWO_MACHINES, "--data-url", (second / "mine.tar.gz").as_uri()]
+    codes = on_each(two_machines, started, flags, *launcher)
+    assert codes == [0, 0], outputs(two_machines, "err")
+    content = {path.name: path.read_bytes() for path in (second / "data" / dataset.FOLDER).iterdir()}
+    assert content == tiny_cifar.members
+    said = f"CIFAR-100 is not in {second / 'data'}: downloading it to {second / 'data'}"
+    assert [said in err for err in outputs(two_machines, "err")] == [False, True]
+    out, silent = outputs(two_machines, "out")
+    assert out.count("Epoch [2/2]") == 1 and silent == ""
+    assert not (second / "output").exists()
+    results = load(first / "output" / "CNN_Model_training_results.pth")
+    assert {test["images"] for test in results["final_test"].values()} == {100}
+
+    # from the state after the first epoch, which is on the first machine only: to the same results
+    resume = ["--resume", "output/CNN_Model_last.prev.pth", "--workers", "0", "--device", "cpu"]
+    assert on_each(two_machines, started, resume) == [0, 0], outputs(two_machines, "err")
+    assert "Resumed output/CNN_Model_last.prev.pth: epoch 2" in outputs(two_machines, "out")[0]
+    again = load(first / "output" / "CNN_Model_training_results.pth")
+    for key in ("history", "final_test"):
+        assert again[key] == results[key]
+    assert all(torch.equal(again["model"][name], value) for name, value in results["model"].items())
+
+    assert on_each(two_machines, started, ["--resume"]) == [0, 0], outputs(two_machines, "err")
+    assert "The run is finished" in outputs(two_machines, "out")[0]
+    assert not (second / "output").exists()
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_machine_without_data_ends_the_run_on_both(two_machines, started, broken) -> None:
+    folders = [two_machines[1], two_machines[0]] if broken == 0 else two_machines
+    assert on_each(folders, started, ON_TWO_MACHINES) == [1, 1]
+    errors = outputs(folders, "err")
+    assert "train.py: error: CIFAR-100 could not be downloaded:\n  /nowhere.tar.gz: " in errors[broken]
+    line = f"train.py: error: the machine of rank {broken} has no data: CIFAR-100 could not be downloaded\n"
+    assert line in errors[1 - broken]
+    assert all(error.count("error:") == 1 and "Traceback" not in error for error in errors)
 
 
 def test_one_process_resumes_what_two_were_interrupted_in(tmp_path, started, monkeypatch) -> None:
@@ -293,6 +388,47 @@ def in_two_processes(folder: Path, started: list, worker: str) -> list:
     return [load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
+# Rank 1 comes only when rank 0 has said that it waits.
+WAITING = """
+import time
+from pathlib import Path
+distributed.SILENT_WAIT_S = 0
+line = "Waiting for the data set on other processes"
+while rank == 1 and line not in Path("out0.txt").read_text():
+    time.sleep(0.05)
+result = distributed.gather_objects(rank, "the data set")
+"""
+
+
+def test_every_rank_gets_the_objects_of_all_and_rank_0_says_what_it_waits_for(tmp_path, started) -> None:
+    assert in_two_processes(tmp_path, started, WAITING) == [[0, 1]] * 2
+
+
+# The data set is unavailable, and a person sits at the terminal of rank 0.
+OFFER = """
+import io, sys, train
+from cifar.dataset import DatasetUnavailable
+from training.recipe import Recipe
+from training.settings import Settings, build_parser
+
+def load_dataset(name, *_, **__):
+    if name == "cifar100":
+        raise DatasetUnavailable("no source")
+    return name
+
+train.load_dataset, train.is_interactive = load_dataset, lambda: rank == 0
+sys.stdin = io.StringIO("y")
+settings = Settings.from_args(build_parser().parse_args([]))
+data, recipe = train.load_data(Recipe(precision=["bf16", "fp32"][rank]), settings)
+result = data, recipe.dataset, recipe.precision
+"""
+
+
+def test_the_answer_and_the_precision_of_rank_0_hold_on_every_rank(tmp_path: Path, started: list) -> None:
+    assert in_two_processes(tmp_path, started, OFFER) == [("synthetic", "synthetic", "bf16")] * 2
+    assert [(tmp_path / f"out{rank}.txt").read_text().count("no source") for rank in (0, 1)] == [1, 0]
+
+
 ALL_REDUCES = """
 from pathlib import Path
 from core.cli import Interrupts
@@ -313,6 +449,31 @@ result = sizes
 def test_an_epoch_takes_one_all_reduce_a_batch_and_one_for_the_metrics(tmp_path: Path, started: list) -> None:
     """Interrupt and checkpoint are agreed on together."""
     assert in_two_processes(tmp_path, started, ALL_REDUCES) == [[2, 2, 2, 3]] * 2
+
+
+# One image of the rank `broken` has a NaN.
+NAN_ON_ONE_RANK = """
+import math
+from core.errors import RunError
+from training.engine import evaluate
+from utils import normalize
+result = []
+for broken in (0, 1):
+    [(images, labels)] = small_net.batches_of(8)
+    batch = normalize(images)
+    if rank == broken:
+        batch[3, 0, 0, 0] = math.nan
+    try:
+        evaluate(small_net.small_net(), [(batch, labels)])
+    except RunError as error:
+        result.append(str(error).partition(":")[0])
+"""
+
+
+def test_a_nan_in_one_ranks_test_images_is_an_error_on_both(tmp_path: Path, started: list) -> None:
+    own = "the loss became NaN or infinite in batch 1 of the test"
+    other = "the loss became NaN or infinite in another process's part of the test"
+    assert in_two_processes(tmp_path, started, NAN_ON_ONE_RANK) == [[own, other], [other, own]]
 
 
 # Compilation fails on the rank `broken`, in the forward pass or in the backward pass.
@@ -361,6 +522,7 @@ def test_on_one_process_each_call_returns_its_input(monkeypatch: pytest.MonkeyPa
     values, model = torch.arange(3.0), build_model("resnet20")
     assert distributed.sum_over_ranks(values) is values
     assert distributed.broadcast_object(values) is values
+    assert distributed.gather_objects(7, "it") == [7]
     assert distributed.wrap_ddp(model, torch.device("cpu"), sync_bn=True) is model
     distributed.broadcast_buffers(model)  # without a process group, a broadcast would fail
     assert distributed.is_main() and distributed.world_size() == 1

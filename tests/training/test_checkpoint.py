@@ -18,6 +18,7 @@ from torch import nn
 
 from core.errors import RunError, UsageError
 from core.machine import versions
+from helpers.tiny_checkpoint import save_tiny_checkpoint
 from model import build_model
 from training import checkpoint
 from training.checkpoint import (
@@ -235,6 +236,7 @@ def test_weights_of_other_programs_load_where_the_network_is_named(kind: str, tm
         assert torch.equal(loaded.model.state_dict()[name], value), name
     assert not loaded.model.training
     assert (loaded.recipe.model, len(loaded.classes), loaded.state) == ("resnet20", 100, {})
+    assert loaded.trained_on is None
     with pytest.raises(RunError, match="does not fit the network"):
         load_model(tmp_path / "foreign.pth", model_name="resnet32")
     with pytest.raises(UsageError, match="--model 'resnet21' is not known"):
@@ -245,6 +247,19 @@ def test_weights_of_other_programs_load_where_the_network_is_named(kind: str, tm
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(RunError, match="not an archive"):
         load_model(tmp_path / "text.pth", model_name="resnet20")
+
+
+def test_a_checkpoint_of_train_py_is_never_taken_for_weights_alone(tmp_path: Path) -> None:
+    path = save_tiny_checkpoint(tmp_path / "tiny.pth")
+    named = load_model(path, model_name="resnet20")
+    assert named.state.keys() == load_model(path).state.keys() and named.trained_on == "CIFAR-100"
+    with pytest.raises(UsageError, match=r"tiny\.pth holds a resnet20, not a resnet32: leave --model out"):
+        load_model(path, model_name="resnet32")
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="damaged"):
+        load_model(path, model_name="resnet20")
 
 
 def test_paths_that_are_no_readable_file_are_told_apart(tmp_path: Path) -> None:

@@ -202,6 +202,18 @@ def test_weights_that_are_not_finite_are_an_error() -> None:
         evaluate(model, [(plainly_normalized(images), labels)])
 
 
+def test_out_of_memory_in_a_test_is_one_line() -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nsecond line")
+
+    model = small_net()
+    model.forward = fail
+    [(images, labels)] = batches_of(4)
+    message = "out of memory: pass a smaller --test-batch-size, or with evaluate.py --batch-size"
+    with pytest.raises(RunError, match=f"^{message}$"):
+        evaluate(model, [(normalize(images), labels)])
+
+
 # ---- the bar ----
 
 
