@@ -34,6 +34,7 @@ from core.cli import (
     ask_yes_no,
     is_interactive,
     number,
+    progress_bar,
     run_main,
     shell_command,
     start_log,
@@ -55,7 +56,7 @@ from inspection.curves import plot_history, plot_lr_finder
 from model import build_model, count_parameters
 from training.checkpoint import load_model
 from training.engine import Metrics, TrainStep, evaluate, train_one_epoch
-from training.history import analyse
+from training.history import analyse, duration
 from training.presets import apply_preset
 from training.recipe import MAX_EPOCHS, Recipe, check_resume_flags, given_flags, recipe_from
 from training.run import Interrupted, Run, RunFiles, SavedRun, choose_files, lock_run
@@ -66,6 +67,9 @@ from utils import DEFAULT_LR, find_lr, make_test_batches, make_train_loader, wor
 
 # On a GPU an epoch takes seconds: the curves are then drawn at most this often, and always at the end.
 PLOT_EVERY_S = 5.0
+# The bar of the whole run, above that of the epoch; for the log, which has no bars, a line every ten epochs.
+RUN_BAR_FORMAT = "{desc}:{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+TIME_LINE_EVERY = 10
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,24 +195,36 @@ def train_epochs(
         val_batches: this process's batches of the split that the best epoch is chosen on.
         board: writes each epoch to TensorBoard.
     """
-    recipe, plotted_at = run.recipe, -math.inf
-    for epoch in run.remaining_epochs():
-        train_loader.batch_sampler.set_epoch(epoch, start_batch=run.batches_done)
-        title = f"epoch {epoch}/{recipe.epochs}"
-        train_metrics = train_one_epoch(
-            run.step, train_loader, run.totals, title=title, after_batch=run.after_train_batch
-        )
-        val_metrics = test(run, run.model, val_batches, f"test of {title}")
-        average_metrics = None
-        if run.averaging is not None:
-            run.averaging.refresh()
-            average_metrics = test(run, run.averaging.network, val_batches, "test of averaged weights")
-        run.finish_epoch(train_metrics, val_metrics, average_metrics)
-        if time.monotonic() - plotted_at > PLOT_EVERY_S:
-            plot_curves(run)
-            plotted_at = time.monotonic()
-        if board is not None:
-            board.add_epoch(run.history[-1], run.model)
+    recipe, plotted_at, epoch_share = run.recipe, -math.inf, 1 / run.batches_per_epoch
+    done = run.epoch - 1 + run.batches_done * epoch_share
+    with progress_bar(total=recipe.epochs, initial=done, bar_format=RUN_BAR_FORMAT) as bar:
+
+        def after_train_batch(number: int) -> None:
+            bar.update(epoch_share)
+            run.after_train_batch(number)
+
+        for epoch in run.remaining_epochs():
+            train_loader.batch_sampler.set_epoch(epoch, start_batch=run.batches_done)
+            title = f"epoch {epoch}/{recipe.epochs}"
+            bar.set_description_str(title)
+            train_metrics = train_one_epoch(
+                run.step, train_loader, run.totals, title=title, after_batch=after_train_batch
+            )
+            val_metrics = test(run, run.model, val_batches, f"test of {title}")
+            average_metrics = None
+            if run.averaging is not None:
+                run.averaging.refresh()
+                average_metrics = test(run, run.averaging.network, val_batches, "test of averaged weights")
+            run.finish_epoch(train_metrics, val_metrics, average_metrics)
+            bar.set_postfix_str(f"best {run.best['accuracy_percent']:.2f}%")
+            if epoch % TIME_LINE_EVERY == 0 and epoch < recipe.epochs:
+                left = run.elapsed_s / epoch * (recipe.epochs - epoch)
+                LOG.info(f"Time: {duration(run.elapsed_s)} so far, about {duration(left)} left")
+            if time.monotonic() - plotted_at > PLOT_EVERY_S:
+                plot_curves(run)
+                plotted_at = time.monotonic()
+            if board is not None:
+                board.add_epoch(run.history[-1], run.model)
 
 
 def test(run: Run, model: nn.Module, batches: list[tuple], title: str) -> Metrics:
@@ -377,6 +393,14 @@ def run_lr_finder(recipe: Recipe, model: nn.Module, train_loader: DataLoader, fi
             model, recipe.build_criterion(), recipe.build_optimizer, train_loader, precision=recipe.precision
         )
         LOG.info(found.summary)
+        if (
+            distributed.world_size() == 1 and recipe.sam == "none"
+        ):  # else the finder's steps are not the run's
+            epoch_s = found.seconds_per_image * len(train_loader.dataset)
+            LOG.info(
+                f"An epoch takes about {duration(epoch_s)} here, and the default of {Recipe.epochs} about "
+                f"{duration(Recipe.epochs * epoch_s)}"
+            )
         path = plot_lr_finder(
             found.learning_rates,
             found.losses,

@@ -13,7 +13,7 @@ import math
 import random
 import shutil
 import signal
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
-from core.cli import LOG
+from core.cli import LOG, progress_bar
 from core.errors import RunError, UsageError
 from core.machine import autocast, report_out_of_memory
 
@@ -283,6 +283,7 @@ class LRFinderResult:
     smoothed: list[float]
     suggested_lr: float
     method: str
+    seconds_per_image: float = 0.0  # of the batches of the test
 
     @property
     def summary(self) -> str:
@@ -365,14 +366,28 @@ def find_lr(
     Raises:
         RunError: out of memory.
     """
-    from torch_lr_finder import LRFinder  # here, since it imports pyplot, which most scripts never need
+    from torch_lr_finder import (
+        LRFinder,
+        TrainDataLoaderIter,
+    )  # here: it imports pyplot, which few scripts need
+
+    class Batches(TrainDataLoaderIter):
+        """The loader's batches, counted by a bar like the project's others, with loss and rate."""
+
+        def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+            if rates := finder.history["lr"]:
+                bar.set_postfix_str(
+                    f"loss {finder.history['loss'][-1]:.3f}, lr {rates[-1]:.2g}", refresh=False
+                )
+            bar.update()
+            return super().__next__()
 
     twin = _FromPixels(copy.deepcopy(model), precision)
     device = next(twin.parameters()).device
     with loader.batch_sampler.for_lr_finder(), _kept_random_state(), contextlib.ExitStack() as quiet:
+        bar = quiet.enter_context(progress_bar(total=iterations, desc="LR finder", unit="batch"))
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))  # its remarks; ours say more
-        if sys.stderr is None or not sys.stderr.isatty():
-            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))  # its progress bar
+        quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))  # its progress bar
         # the finder computes a batch at once, whatever --accumulate says
         quiet.enter_context(
             report_out_of_memory("pass a smaller --batch-size, or --lr to skip the LR finder")
@@ -384,11 +399,14 @@ def find_lr(
         }
         finder = LRFinder(twin, build_optimizer(twin), criterion, device=device, **scaling)
         # smoothed afterwards, without the lag of a running mean
-        finder.range_test(loader, start_lr=start_lr, end_lr=end_lr, num_iter=iterations, smooth_f=0)
+        started = time.monotonic()
+        finder.range_test(Batches(loader), start_lr=start_lr, end_lr=end_lr, num_iter=iterations, smooth_f=0)
+        seconds = time.monotonic() - started
     rates = [float(rate) for rate in finder.history["lr"]]
     losses = [float(loss) for loss in finder.history["loss"]]
     suggested, method = suggest_lr(rates, losses)
-    return LRFinderResult(rates, losses, smooth(losses).tolist(), suggested, method)
+    images = len(losses) * loader.batch_sampler.global_size(0)
+    return LRFinderResult(rates, losses, smooth(losses).tolist(), suggested, method, seconds / images)
 
 
 @contextlib.contextmanager

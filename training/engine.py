@@ -320,7 +320,7 @@ def train_one_epoch(
     Args:
         loader: as `utils.make_train_loader` makes it: yields (uint8 [N, 32, 32, 3], int64 [N]) on the host.
         totals: of the epoch so far, which a resumed epoch has already; added to.
-        title: the description of the progress bar.
+        title: what is trained, for the error where the loss is not finite.
         after_batch: called after each batch with the number of batches that are done; what it raises
             ends the epoch (an interrupt).
 
@@ -331,7 +331,7 @@ def train_one_epoch(
     device, sampler = step.device, loader.batch_sampler
     sync_every = 1 if device.type == "cpu" else SYNC_EVERY
     with progress_bar(
-        total=sampler.batches, initial=sampler.start_batch, desc=title, unit="batch", bar_format=BAR_FORMAT
+        total=sampler.batches, initial=sampler.start_batch, desc="train", unit="batch", bar_format=BAR_FORMAT
     ) as bar:
         for number, (images, labels) in enumerate(loader, start=sampler.start_batch + 1):
             images = images.to(device, non_blocking=True)

@@ -229,9 +229,9 @@ def test_the_bar_is_silent_without_a_terminal_and_tells_on_one(monkeypatch, caps
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr("core.cli.tqdm", lambda **options: engine_bar(options))
-    train(make_step(small_net()), batches_of(4, 4), title="epoch 1/2")
+    train(make_step(small_net()), batches_of(4, 4))
     shown = terminal.getvalue()
-    for words in ("epoch 1/2", "2/2", "loss ", "acc ", "images/s", "lr 0.01"):
+    for words in ("train:", "2/2", "loss ", "acc ", "images/s", "lr 0.01"):
         assert words in shown, (words, shown)
 
 

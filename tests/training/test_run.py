@@ -187,7 +187,7 @@ def test_a_kill_at_every_step_of_writing_files(driver: Driver, whole: dict, copy
         at = progress(copy)
     assert number > 25  # more steps than an epoch's end has
     assert digests(copy) == whole
-    assert not list(copy.glob(".*")) and not list(copy.glob("*.lock"))
+    assert not list(copy.glob(".*"))  # an empty .lock may stay, which holds nobody up
 
 
 def test_overwriting_loses_nothing_before_the_new_state_is_on_disk(driver, whole, stopped, tmp_path) -> None:
