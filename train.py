@@ -129,7 +129,7 @@ def train(
         model = model.to(device, memory_format=torch.channels_last)
         files.check_space(sum(value.nbytes for value in model.state_dict().values()))
         log_header(recipe, model, device, files, images=(len(train_split), len(test_split)))
-        teacher = load_teacher(recipe, data, device, files)  # early: a missing one must cost nothing
+        teachers = load_teachers(recipe, data, device, files)  # early: a missing one must cost nothing
         train_loader = make_train_loader(
             train_split,
             batch_size=recipe.batch_size,
@@ -161,7 +161,7 @@ def train(
                 model,
                 classes=len(data.classes),
                 batches_per_epoch=len(train_loader),
-                teacher=teacher,
+                teachers=teachers,
                 bn_batches=bn_update_batches(train_split, recipe, device),
             ),
         )
@@ -416,21 +416,22 @@ def run_lr_finder(recipe: Recipe, model: nn.Module, train_loader: DataLoader, fi
 # ---- the parts of a run ----
 
 
-def load_teacher(recipe: Recipe, data: ImageData, device: torch.device, files: RunFiles) -> nn.Module | None:
-    """The network that --teacher names; None without it.
+def load_teachers(recipe: Recipe, data: ImageData, device: torch.device, files: RunFiles) -> list[nn.Module]:
+    """The networks that --teacher names; none without it.
 
     Raises:
-        RunError: it cannot be loaded, or was trained on other classes.
-        UsageError: the run itself, which writes `files`, would replace it.
+        RunError: one cannot be loaded, or was trained on other classes.
+        UsageError: the run itself, which writes `files`, would replace one.
     """
-    if recipe.teacher is None:
-        return None
-    if Path(recipe.teacher).resolve() in [path.resolve() for path in files.checkpoints]:
-        raise UsageError(f"--teacher {recipe.teacher} would be replaced by this run: pass another --name")
-    teacher = load_model(recipe.teacher, device)
-    if teacher.classes != tuple(data.classes):
-        raise RunError(f"--teacher {recipe.teacher} was trained on other classes than {data.name} has")
-    return teacher.model
+    teachers = []
+    for path in recipe.teacher or ():
+        if Path(path).resolve() in [written.resolve() for written in files.checkpoints]:
+            raise UsageError(f"--teacher {path} would be replaced by this run: pass another --name")
+        teacher = load_model(path, device)
+        if teacher.classes != tuple(data.classes):
+            raise RunError(f"--teacher {path} was trained on other classes than {data.name} has")
+        teachers.append(teacher.model)
+    return teachers
 
 
 def choose_compile_size(

@@ -166,7 +166,7 @@ class TrainStep:
             if use.mixing:
                 batch, targets = use.mixing(batch, labels, step)
             loss_sum, hits = self.compute_gradients(batch, targets, global_size)
-            if use.sam:
+            if use.sam and step >= use.sam.first_step:
                 self.scaler.update()  # it unscales gradients once per update; an overflow recurs in this pass
                 use.sam(closure=lambda: self.compute_gradients(batch, targets, global_size))
             if use.clip_norm:

@@ -164,11 +164,22 @@ class Recipe:
     sam_rho: float | None = technique(
         None, "SAM neighborhood radius (default: the papers', sam 0.1, asam 1)", limits=(1e-6, 100)
     )
-    teacher: str | None = technique(
-        None, "also learn the outputs of this network (knowledge distillation)", metavar="CHECKPOINT"
+    sam_start: int | None = technique(
+        None, "SAM from epoch N on, and plain SGD before it (default: from the first)", limits=(1, MAX_EPOCHS)
     )
-    distill_alpha: float = technique(0.9, "the teacher's fraction of the loss", limits=(0, 1))
+    teacher: tuple[str, ...] | None = technique(
+        None,
+        "also learn the outputs of this network (knowledge distillation), or the mean of several",
+        metavar="CHECKPOINT",
+    )
+    distill_alpha: float = technique(0.9, "the labels' loss counts 1 - X, and the teacher's X", limits=(0, 1))
+    distill_weight: float | None = technique(
+        None, "the teacher's loss counts X instead (default: --distill-alpha)", limits=(0, 1000)
+    )
     distill_temperature: float = technique(4.0, "softens teacher and student alike", limits=(0.1, 100))
+    distill_standardize: bool = technique(
+        False, "standardize each image's logits first; published with temperature 2, alpha 0.9 and weight 9"
+    )
     zero_init_residual: bool = technique(False, "initialize each residual block to its shortcut alone")
     drop_path: float = technique(
         0.0, "stochastic depth: how often the last block is skipped; earlier ones less", limits=(0, 0.99)
@@ -187,6 +198,7 @@ class Recipe:
             ("warmup_epochs", self.epochs - 1, "all epochs but one"),
             ("accumulate", self.batch_size, "the batch size"),
             ("swa_start", self.epochs, "the epochs"),
+            ("sam_start", self.epochs, "the epochs"),
         ):
             value = getattr(self, name) or 0
             if value > most:
@@ -210,7 +222,12 @@ class Recipe:
             ),
             (not (self.ema_decay and self.swa_start), "pass --swa-start or --ema-decay, not both"),
             (self.sam_rho is None or self.sam != "none", "--sam-rho needs --sam sam or --sam asam"),
-            (self.teacher != "", "--teacher takes the path of a checkpoint"),
+            (self.sam_start is None or self.sam != "none", "--sam-start needs --sam sam or --sam asam"),
+            (self.teacher is None or all(self.teacher or [""]), "--teacher takes paths of checkpoints"),
+            (
+                self.teacher is not None or not (self.distill_standardize or self.distill_weight),
+                "--distill-standardize and --distill-weight need --teacher",
+            ),
             (wide or not self.dropout, f"--dropout needs a wide network (wrn_...), not {self.model}"),
         ):
             if not holds:
@@ -296,6 +313,8 @@ class Recipe:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise UsageError(f"unknown recipe field {unknown[0]!r:.60}: was it made by a newer version?")
+        if isinstance(values.get("teacher"), str):  # as in checkpoints from before there could be several
+            values = {**values, "teacher": (values["teacher"],)}
         return cls(**{n: tuple(value) if isinstance(value, list) else value for n, value in values.items()})
 
     def build_criterion(self) -> nn.Module:

@@ -5,6 +5,7 @@ have drawn, and no two steps or ranks draw the same.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,14 +55,14 @@ def build_techniques(
     *,
     classes: int,
     batches_per_epoch: int,
-    teacher: nn.Module | None = None,
+    teachers: Sequence[nn.Module] = (),
     bn_batches: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Techniques:
     """The techniques of `recipe`.
 
     Args:
         model: the network on its device, before it is wrapped or compiled.
-        teacher: the network of `recipe.teacher`, on the same device.
+        teachers: the networks of `recipe.teacher`, on the same device.
         bn_batches: see `bn_update_batches`.
     """
     rank = distributed.rank()
@@ -79,16 +80,19 @@ def build_techniques(
             mixup_alpha=recipe.mixup_alpha,
             cutmix_alpha=recipe.cutmix_alpha,
         )
-    if teacher is not None:
+    if teachers:
         distillation = Distillation(
-            teacher,
+            teachers,
             alpha=recipe.distill_alpha,
+            weight=recipe.distill_weight,
             temperature=recipe.distill_temperature,
+            standardize=recipe.distill_standardize,
             precision=recipe.precision,
         )
     if recipe.sam != "none":
         rho = recipe.sam_rho or SAM_RHO[recipe.sam]
-        sam = SharpnessAware(model, rho, adaptive=recipe.sam == "asam")
+        first_step = ((recipe.sam_start or 1) - 1) * batches_per_epoch
+        sam = SharpnessAware(model, rho, adaptive=recipe.sam == "asam", first_step=first_step)
     if recipe.uses_averaging:
         averaging = Averaging(
             model,
@@ -204,22 +208,35 @@ def soft_hits(predicted: Tensor, targets: Tensor) -> Tensor:
 
 
 class Distillation:
-    """Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531) from a trained network.
+    """Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531) from one or several trained networks.
 
-    The loss becomes (1 - alpha) x the loss against the labels + alpha x T^2 KL(teacher || student), with both
-    distributions softened by the temperature T; T^2 keeps the gradients' scale independent of T. The teacher
-    sees the very images that the student sees, in evaluation mode.
+    The loss becomes (1 - alpha) x the loss against the labels + weight x T^2 KL(teacher || student), with
+    both distributions softened by the temperature T; T^2 keeps the gradients' scale independent of T. The
+    teachers see the very images that the student sees, in evaluation mode; several teach their mean
+    probabilities.
 
     Args:
-        teacher: a network on the training device; it is put into evaluation mode and never trained.
-        precision: "fp32", or "bf16" for autocast of the teacher's forward pass.
+        teachers: networks on the training device; put into evaluation mode and never trained.
+        weight: alpha by default.
+        standardize: subtract each image's mean logit and divide by their standard deviation before softening,
+            of student and teachers alike, so that the student need not match the teachers' scale (Sun et al.
+            2024, arXiv:2403.01427).
+        precision: "fp32", or "bf16" or "fp16" for autocast of the teachers' forward passes.
     """
 
     def __init__(
-        self, teacher: nn.Module, *, alpha: float, temperature: float, precision: str = "fp32"
+        self,
+        teachers: Sequence[nn.Module],
+        *,
+        alpha: float,
+        weight: float | None = None,
+        temperature: float,
+        standardize: bool = False,
+        precision: str = "fp32",
     ) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.alpha, self.temperature, self.precision = alpha, temperature, precision
+        self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+        self.alpha, self.weight = alpha, alpha if weight is None else weight
+        self.temperature, self.standardize, self.precision = temperature, standardize, precision
 
     def __call__(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
         """The loss to train on, a scalar in nats.
@@ -230,15 +247,29 @@ class Distillation:
             images: normalised float32 [N, 3, H, W].
         """
         with torch.no_grad(), autocast(images.device, self.precision):
-            teacher_logits = self.teacher(images).float()
-        soft_loss = distillation_loss(logits, teacher_logits, self.temperature)
-        return (1 - self.alpha) * loss + self.alpha * soft_loss
+            teacher_logits = [teacher(images).float() for teacher in self.teachers]
+        if self.standardize:
+            logits, teacher_logits = standardized(logits), [standardized(value) for value in teacher_logits]
+        soft_loss = distillation_loss(logits, torch.stack(teacher_logits), self.temperature)
+        return (1 - self.alpha) * loss + self.weight * soft_loss
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """`logits` [N, classes] with mean 0 and standard deviation 1 in each row."""
+    deviation, mean = torch.std_mean(logits, dim=1, keepdim=True)
+    return (logits - mean) / (deviation + 1e-7)
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean in nats per image; both [N, classes]."""
+    """T^2 KL(mean of softmax(teacher / T) || softmax(student / T)), the mean in nats per image.
+
+    Args:
+        logits: [N, classes].
+        teacher_logits: [teachers, N, classes].
+    """
     student = F.log_softmax(logits / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=2)
+    teacher = teacher.logsumexp(dim=0) - math.log(len(teacher_logits))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -250,10 +281,13 @@ class SharpnessAware:
     code. The weights are then restored bit for bit, and BatchNorm's running statistics are updated by the
     first pass only. With several processes g is the mean over all of them, so that e is the same on each;
     the papers let each process take a step of its own.
+
+    It is used from step `first_step` (counted from 0) on: in the last epochs alone it gains nearly as much as
+    in all (Zhou et al. 2025, arXiv:2410.10373).
     """
 
-    def __init__(self, model: nn.Module, rho: float, *, adaptive: bool = False) -> None:
-        self.model, self.rho, self.adaptive = model, rho, adaptive
+    def __init__(self, model: nn.Module, rho: float, *, adaptive: bool = False, first_step: int = 0) -> None:
+        self.model, self.rho, self.adaptive, self.first_step = model, rho, adaptive, first_step
 
     @torch.no_grad()
     def __call__(self, closure: Callable[[], object]) -> None:

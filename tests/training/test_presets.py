@@ -22,7 +22,7 @@ TECHNIQUES = {
         "--clip-norm 1 --drop-path 0.2 --accumulate 2 --image-sizes 24 32 --no-decay-bn --val-split 20 "
         "--limit-train 120"
     ),
-    "equal average": "--swa-start 2 --zero-init-residual --label-smoothing 0.1",
+    "equal average": "--swa-start 2 --zero-init-residual --label-smoothing 0.1 --sam sam --sam-start 3",
 }
 
 
@@ -59,6 +59,11 @@ def test_flags_beside_a_recipe_override_it(flags: str, expected: dict) -> None:
     assert {name: getattr(made["best"], name) for name in expected} == expected
 
 
+def test_flags_beside_fast_override_it() -> None:
+    made = recipe("--recipe", "fast", "--lr", "0.4", "--epochs", "1")
+    assert (made.lr, made.max_lr, made.epochs, made.image_sizes) == (0.4, None, 1, None)
+
+
 def test_a_resumed_run_takes_no_recipe() -> None:
     with pytest.raises(UsageError, match="--recipe is for new runs"):
         recipe("--recipe", "best", "--resume")
@@ -71,7 +76,7 @@ def test_each_recipe_trains_end_to_end(driver: Driver, tmp_path: Path, name: str
     assert code == 0, output
     (row,) = csv.DictReader((tmp_path / "CNN_Model_history.csv").open())
     stored = load_checkpoint(tmp_path / "CNN_Model_best.pth")["recipe"]
-    assert ("ema_test_acc_percent" in row) == (stored["ema_decay"] > 0) == (name != "reference")
+    assert ("ema_test_acc_percent" in row) == (stored["ema_decay"] > 0) == (name in ("best", "wide"))
     assert (stored["epochs"], stored["sam"]) == (1, "asam" if name == "best" else "none")
 
 
@@ -101,6 +106,20 @@ def test_a_teacher_is_learned_from_and_must_know_the_same_classes(driver: Driver
     flags = [*QUICK, "--epochs", "1", "--output-dir", tmp_path, *teacher]
     code, output = driver.run(flags, tmp_path / "output")
     assert code == 0 and "teacher" in output, output
+    flags[-1:] = [
+        "two_teachers",
+        "--distill-standardize",
+        "--distill-weight",
+        "9",
+        "--distill-temperature",
+        "2",
+    ]
+    flags.insert(flags.index("--teacher") + 2, tmp_path / "student_best.pth")
+    code, output = driver.run(flags, tmp_path / "output")
+    assert code == 0, output
+    paths = [str(tmp_path / name) for name in ("CNN_Model_best.pth", "student_best.pth")]
+    assert load_checkpoint(tmp_path / "two_teachers_best.pth")["recipe"]["teacher"] == paths
+    flags = [*QUICK, "--epochs", "1", "--output-dir", tmp_path, *teacher]
     first = load_checkpoint(tmp_path / "CNN_Model_best.pth")["history"][0]
     student = load_checkpoint(tmp_path / "student_best.pth")["history"][0]
     assert student["train_loss"] != first["train_loss"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import RunError
+from helpers.small_net import batches_of, make_step, same_weights, small_net
 from training.recipe import Recipe
 from training.techniques import (
     SAM_RHO,
@@ -143,10 +144,48 @@ def test_the_distillation_gradient_is_hintons(temperature: float) -> None:
     """d/dz of the mean over images: T (softmax(z / T) - softmax(v / T)) / N; 0 for equal networks."""
     torch.manual_seed(0)
     logits, teacher_logits = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7) * 3
-    distillation_loss(logits, teacher_logits, temperature).backward()
+    distillation_loss(logits, teacher_logits[None], temperature).backward()
     difference = (logits / temperature).softmax(1) - (teacher_logits / temperature).softmax(1)
     torch.testing.assert_close(logits.grad, temperature * difference.detach() / 5)
-    assert distillation_loss(teacher_logits, teacher_logits + 5, temperature).abs() < 1e-5
+    assert distillation_loss(teacher_logits, teacher_logits[None] + 5, temperature).abs() < 1e-5
+
+
+def test_several_teachers_teach_their_mean_probabilities() -> None:
+    torch.manual_seed(0)
+    logits, teachers = torch.randn(5, 7), torch.randn(3, 5, 7) * 3
+    mean = (teachers / 2).softmax(2).mean(0)
+    expected = 4 * (mean * (mean.log() - (logits / 2).log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(distillation_loss(logits, teachers, 2.0), expected)
+
+
+def test_standardized_logits_are_compared_without_their_scale() -> None:
+    torch.manual_seed(0)
+    logits, images = torch.randn(4, 7), torch.randn(4, 3, 2, 2)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+    distillation = Distillation([teacher], alpha=0.9, weight=9.0, temperature=2.0, standardize=True)
+    z, v = ((x - x.mean(1, keepdim=True)) / x.var(1, keepdim=True).sqrt() for x in (logits, teacher(images)))
+    loss = F.cross_entropy(logits, torch.arange(4))
+    total = distillation(loss, logits, images)
+    torch.testing.assert_close(total, 0.1 * loss + 9 * distillation_loss(z, v.detach()[None], 2.0))
+    with torch.no_grad():
+        for value in teacher.parameters():
+            value *= 3
+    torch.testing.assert_close(distillation(loss, logits, images), total)
+
+
+def test_sam_takes_part_from_its_first_epoch_on() -> None:
+    batches, weights = batches_of(8, 8, 8), {}
+    for sam, start, steps in (("none", None, 2), ("none", None, 3), ("sam", 3, 2), ("sam", 3, 3)):
+        model = small_net()
+        recipe = Recipe(lr=0.01, epochs=4, milestones=(3,), sam=sam, sam_start=start)
+        step = make_step(
+            model, recipe, techniques=build_techniques(recipe, model, classes=10, batches_per_epoch=1)
+        )
+        for batch in batches[:steps]:
+            step(*batch)
+        weights[sam, steps] = model.state_dict()
+    assert same_weights(weights["sam", 2], weights["none", 2])
+    assert not same_weights(weights["sam", 3], weights["none", 3])
 
 
 def test_the_teacher_is_weighted_by_alpha_and_stays_as_it_was() -> None:
@@ -158,11 +197,11 @@ def test_the_teacher_is_weighted_by_alpha_and_stays_as_it_was() -> None:
     logits = torch.randn(4, 6, requires_grad=True)
     loss = F.cross_entropy(logits, labels)
     with torch.no_grad():
-        soft = distillation_loss(logits, copy.deepcopy(teacher).eval()(images), 4.0)
+        soft = distillation_loss(logits, copy.deepcopy(teacher).eval()(images)[None], 4.0)
     for alpha in (0.0, 0.3, 1.0):
-        total = Distillation(teacher, alpha=alpha, temperature=4.0)(loss, logits, images)
+        total = Distillation([teacher], alpha=alpha, temperature=4.0)(loss, logits, images)
         torch.testing.assert_close(total, (1 - alpha) * loss + alpha * soft)
-    Distillation(teacher, alpha=0.9, temperature=4.0, precision="bf16")(loss, logits, images).backward()
+    Distillation([teacher], alpha=0.9, temperature=4.0, precision="bf16")(loss, logits, images).backward()
     assert not teacher.training and all(value.grad is None for value in teacher.parameters())
     assert equal_states(before, teacher)
 
