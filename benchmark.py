@@ -4,8 +4,8 @@
     python benchmark.py --quick --json speed.json    fewer rounds; the same as JSON
 
 The two sides take turns in one run: this project's, by the functions that train.py calls, and the plain
-recipe's (inspection/plain_recipe.py), in a process of its own. The weights are discarded, and no file is
-written but that of --json.
+recipe's (inspection/plain_recipe.py), in a process of its own. On a CPU the training step is measured also
+while a Python loop keeps one core busy. The weights are discarded, and no file is written but that of --json.
 """
 
 import argparse
@@ -56,8 +56,27 @@ PLAIN_RECIPE = Path(__file__).resolve().parent / "inspection" / "plain_recipe.py
 EPOCH_IMAGES, TRAIN_PER_TEST = 50_000, 5
 REFERENCE_EPOCHS = 100  # --compile auto decides as for a run of this length
 SEED = 0
-# What is measured: the methods of both sides that do the work once and return its number of images.
-ROWS = ("loader", "step", "evaluation", "epoch")
+# The rows of the table, and the methods of both sides that do the work once and return its number of images.
+BESIDE_BUSY_CORE = "step, beside a busy core"
+ROWS = {
+    "loader": "loader",
+    "step": "step",
+    BESIDE_BUSY_CORE: "step",
+    "evaluation": "evaluation",
+    "epoch": "epoch",
+}
+# A process that computes until its standard input ends: with this process, even if that is killed.
+BUSY_CORE = """
+import sys, threading
+
+def loop():
+    while True:
+        pass
+
+threading.Thread(target=loop, daemon=True).start()
+print("started", flush=True)
+sys.stdin.read()
+"""
 # (images, channels, height and width) of the 3x3 convolutions whose fastest is the machine's peak: the three
 # shapes of ResNet-56, and two that are easier on caches and registers.
 CONVOLUTIONS = ((128, 16, 32), (128, 32, 16), (128, 64, 8), (32, 128, 16), (16, 256, 16))
@@ -78,6 +97,11 @@ class Setting:
     images: int  # training images of a measured epoch
     steps: int  # training steps of one measurement
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What is measured; a step on a GPU needs one core alone, so not beside a busy one there."""
+        return tuple(row for row in ROWS if row != BESIDE_BUSY_CORE or self.device == "cpu")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, measure, and print the table."""
@@ -89,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     set_up_torch(SEED, torch.device(setting.device), deterministic=False)
     machine = describe_machine(setting) | {"data": data}  # first, while nothing else runs
     with plain_process(setting, train, test) as measure_plain:
-        rows = measure(measure_plain, ProjectSide(setting, train, test).measure, setting.rounds)
+        rows = measure(measure_plain, ProjectSide(setting, train, test).measure, setting)
     add_derived(rows, setting, machine)
     result = rows | {"machine": machine, "setting": asdict(setting)}
     print(table(result))
@@ -167,7 +191,7 @@ def load_images(data_dir: Path, count: int) -> tuple[Split, Split, str]:
 
 @contextlib.contextmanager
 def plain_process(setting: Setting, train: Split, test: Split) -> Iterator[Callable[[str], float]]:
-    """Run plain_recipe.py for the `with` block; yields `measure(row)`, which returns images/s.
+    """Run plain_recipe.py for the `with` block; yields `measure(method)`, which returns images/s.
 
     The process is new, not forked, since a fork would inherit this process's settings. `measure` raises
     RunError when the plain recipe fails or its process ends.
@@ -181,9 +205,9 @@ def plain_process(setting: Setting, train: Split, test: Split) -> Iterator[Calla
     # in a session of its own, so that Ctrl-C reaches this process alone, which then ends the other
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True) as process:
 
-        def measure(row: str) -> float:
+        def measure(method: str) -> float:
             try:
-                pickle.dump(row, process.stdin)
+                pickle.dump(method, process.stdin)
                 process.stdin.flush()
                 answer = pickle.load(process.stdout)
             except (EOFError, OSError):
@@ -200,6 +224,24 @@ def plain_process(setting: Setting, train: Split, test: Split) -> Iterator[Calla
             process.kill()  # it has nothing to save; its loader processes end by themselves
             with contextlib.suppress(OSError):
                 process.stdin.close()
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep one core busy for the `with` block, by a process that runs a plain Python loop.
+
+    Raises:
+        RunError: the process ends before the loop starts.
+    """
+    command, pipe = [sys.executable, "-c", BUSY_CORE], subprocess.PIPE
+    # in a session of its own, for the same reason as the plain recipe
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as process:
+        try:
+            if not process.stdout.readline():
+                raise RunError(f"the process of the busy core ended with exit code {process.wait()}")
+            yield
+        finally:
+            process.kill()
 
 
 class ProjectSide:
@@ -225,9 +267,9 @@ class ProjectSide:
             compile_batch_size=recipe.batch_size if setting.compile else None,
         )
 
-    def measure(self, row: str) -> float:
-        """Do the work of `row` once; its images/s."""
-        return images_per_s(getattr(self, row), self.device)
+    def measure(self, method: str) -> float:
+        """Do the work of `method` once; its images/s."""
+        return images_per_s(getattr(self, method), self.device)
 
     def loader(self) -> int:
         return sum(len(labels) for _, labels in self.train_loader)
@@ -249,15 +291,19 @@ class ProjectSide:
 
 
 def measure(
-    plain: Callable[[str], float], project: Callable[[str], float], rounds: int
+    plain: Callable[[str], float], project: Callable[[str], float], setting: Setting
 ) -> dict[str, dict[str, Any]]:
-    """Measure every row in each of `rounds` rounds, after an unmeasured one; the summaries by row.
+    """Measure every row in each round, after an unmeasured one; the summaries by row.
 
     The sides take turns, so that a slow minute of the machine affects both.
+
+    Args:
+        plain, project: the images/s of a method, which is called once.
     """
-    rates: dict[str, list[tuple[float, float]]] = {row: [] for row in ROWS}
-    for row in progress_bar(iterable=[*ROWS] * (rounds + 1), desc="benchmark", unit="row"):
-        rates[row].append((plain(row), project(row)))
+    rates: dict[str, list[tuple[float, float]]] = {row: [] for row in setting.rows}
+    for row in progress_bar(iterable=setting.rows * (setting.rounds + 1), desc="benchmark", unit="row"):
+        with busy_core() if row == BESIDE_BUSY_CORE else contextlib.nullcontext():
+            rates[row].append((plain(ROWS[row]), project(ROWS[row])))
     return {row: summary(pairs[1:]) for row, pairs in rates.items()}
 
 
@@ -336,8 +382,10 @@ def table(result: dict[str, Any]) -> str:
         return "{} ({} - {})".format(*values).rjust(width)
 
     columns = (("plain_images_per_s", 0, 29), ("images_per_s", 0, 29), ("ratio", 2, 23))
-    lines = (f"{row:12}" + "".join(cell(result[row], *column) for column in columns) for row in ROWS)
     setting, machine, step, epoch = (result[key] for key in ("setting", "machine", "step", "epoch"))
+    names = [row for row in ROWS if row in result]
+    width = max(map(len, names)) + 1
+    lines = (f"{row:{width}}" + "".join(cell(result[row], *column) for column in columns) for row in names)
     (plain, own), mode = machine["precisions"], "compiled" if setting["compile"] else "eager"
     rows = "\n".join(lines)
     return f"""\
@@ -347,7 +395,7 @@ plain: {plain}, NCHW, eager; project: {own}, channels_last, {mode}
 load {machine["load_average"]}
 
 images/s, median of {setting["rounds"]} rounds (minimum - maximum)
-{"":12}{"plain recipe":>29}{"this project":>29}{"ratio":>23}
+{"":{width}}{"plain recipe":>29}{"this project":>29}{"ratio":>23}
 {rows}
 
 At these rates an epoch of {EPOCH_IMAGES:,} training images and its test takes {epoch["seconds"]:,.1f} s, \

@@ -1,6 +1,8 @@
 """benchmark.py: its table and JSON, its arithmetic, and what the two sides do."""
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import benchmark
-from benchmark import ROWS, ProjectSide, Setting, plain_process
+from benchmark import BESIDE_BUSY_CORE, ROWS, ProjectSide, Setting, busy_core, plain_process
 from cifar.augment import train_transform
 from cifar.dataset import Split
 from core.cli import run_main
@@ -31,6 +33,19 @@ def data() -> tuple[Split, Split]:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     return Split(images, np.arange(20)), Split(images[:4], np.arange(4))
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
+    """The processes that the test starts."""
+    started, start = [], subprocess.Popen
+
+    def popen(*arguments: object, **options: object) -> subprocess.Popen:
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    return started
 
 
 def test_the_table_and_the_json(tmp_path, monkeypatch, capsys) -> None:
@@ -56,14 +71,14 @@ def test_the_table_and_the_json(tmp_path, monkeypatch, capsys) -> None:
     assert result["machine"]["data"] == "random images (CIFAR-100 is not there)"
 
     printed = capsys.readouterr().out
-    positions = [printed.index(f"\n{row} ") for row in ROWS]
+    positions = [re.search(rf"^{row}  +\d", printed, re.MULTILINE).start() for row in ROWS]
     assert positions == sorted(positions)
     assert f"{result['step']['ratio']:.2f} (" in printed and "fp32 (TF32)" in printed
     assert max(map(len, printed.splitlines())) <= 120
 
 
 def test_both_sides_do_the_same_work(data: tuple[Split, Split]) -> None:
-    """Every row: as many images, in as many optimizer steps."""
+    """Every method: as many images, in as many optimizer steps."""
     train, test = ((split.images, split.labels) for split in data)
     numbers = {"batch_size": TINY.batch_size, "steps": TINY.steps, "workers": 0}
     device, model = torch.device("cpu"), build_model("resnet20")
@@ -73,10 +88,10 @@ def test_both_sides_do_the_same_work(data: tuple[Split, Split]) -> None:
     for side, optimizer in ((plain, plain.optimizer), (project, project.train_step.optimizer)):
         optimizer.register_step_post_hook(lambda *_, side=side: done.update([type(side).__name__]))
     work = {"loader": (20, 0), "step": (30, 3), "evaluation": (4, 0), "epoch": (20, 2)}
-    assert set(work) == set(ROWS)
-    for row, (images, steps) in work.items():
+    assert set(work) == set(ROWS.values())
+    for method, (images, steps) in work.items():
         done.clear()
-        assert getattr(plain, row)() == getattr(project, row)() == images
+        assert getattr(plain, method)() == getattr(project, method)() == images
         assert done["PlainRecipe"] == done["ProjectSide"] == steps
 
 
@@ -96,14 +111,48 @@ def test_the_plain_process_reports_errors_in_one_line(data, monkeypatch, tmp_pat
         measure_plain("evaluation")
 
 
-def test_the_plain_process_and_its_loader_processes_end_with_the_block(data, monkeypatch) -> None:
-    processes, start = [], subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: processes.append(start(*a, **k)) or processes[0])
+def test_the_plain_process_and_its_loader_processes_end_with_the_block(data, processes) -> None:
     setting = replace(TINY, workers=1)
     with pytest.raises(KeyboardInterrupt), plain_process(setting, *data) as measure_plain:
         measure_plain("loader")
         raise KeyboardInterrupt
     assert wait_until_gone(processes[0].pid) == []  # it leads its process group
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RunError("the plain recipe failed")])
+def test_a_core_is_busy_in_its_row_alone_and_the_process_ends_with_it(processes, error) -> None:
+    running: list[tuple[str, int]] = []
+
+    def work(method: str) -> float:
+        living = [process for process in processes if process.poll() is None]
+        running.append((method, len(living)))
+        if error and living:
+            raise error
+        return 1
+
+    with pytest.raises((KeyboardInterrupt, RunError)) if error else contextlib.nullcontext():
+        benchmark.measure(work, work, TINY)
+    rows = [(method, int(row == BESIDE_BUSY_CORE)) for row, method in ROWS.items() for _ in range(2)]
+    assert running == (rows[: rows.index(("step", 1)) + 1] if error else rows * 3)
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_the_busy_core_ends_with_its_standard_input_as_where_the_benchmark_is_killed(processes) -> None:
+    with busy_core():
+        assert processes[0].poll() is None
+        processes[0].stdin.close()
+        assert processes[0].wait(60) == 0
+
+
+def test_a_busy_core_that_does_not_start_is_reported(monkeypatch) -> None:
+    monkeypatch.setattr(benchmark, "BUSY_CORE", "raise SystemExit(3)")
+    with pytest.raises(RunError, match="busy core ended with exit code 3"), busy_core():
+        pytest.fail("measured beside no busy core")
+
+
+def test_a_gpu_has_no_row_beside_a_busy_core() -> None:
+    assert TINY.rows == tuple(ROWS)
+    assert replace(TINY, device="cuda:0").rows == ("loader", "step", "evaluation", "epoch")
 
 
 def test_the_plain_recipe_imports_the_network_alone() -> None:
@@ -137,8 +186,10 @@ def test_rounds_are_interleaved_and_the_first_is_not_counted() -> None:
         order.append(name)
         return rates.get(name, [1] * 4)[order.count(name) - 1]
 
-    summaries = benchmark.measure(lambda row: work(f"plain {row}"), lambda row: work(f"project {row}"), 3)
-    assert order == [f"{side} {row}" for row in ROWS for side in ("plain", "project")] * 4
+    setting = replace(TINY, device="cuda:0", rounds=3)
+    plain, project = (lambda row, side=side: work(f"{side} {row}") for side in ("plain", "project"))
+    summaries = benchmark.measure(plain, project, setting)
+    assert order == [f"{side} {row}" for row in setting.rows for side in ("plain", "project")] * 4
     assert summaries["step"] == {
         "images_per_s": 250,
         "images_per_s_spread": [220, 300],
