@@ -6,6 +6,10 @@
 
 Each run is `train.py` in a process of its own. A finished run is skipped and an unfinished one is resumed, so
 the same command can be repeated until the table is complete.
+
+Two commands may run at once, in one folder too if their runs differ in name or seed; a run that another
+process is training ends the command. Each writes the table of its own runs, the later one over the earlier:
+afterwards, the command with all of them writes the whole table.
 """
 
 import argparse
