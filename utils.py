@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from cifar.augment import train_transform
 from cifar.dataset import CIFAR100_MEAN, CIFAR100_STD, Split
 from core.cli import LOG, progress_bar
+from core.convolution import use_fp32_weight_gradients
 from core.errors import RunError, UsageError
 from core.machine import autocast, report_out_of_memory
 
@@ -383,6 +384,7 @@ def find_lr(
             return super().__next__()
 
     twin = _FromPixels(copy.deepcopy(model), precision)
+    use_fp32_weight_gradients(twin, precision)
     device = next(twin.parameters()).device
     with loader.batch_sampler.for_lr_finder(), _kept_random_state(), contextlib.ExitStack() as quiet:
         bar = quiet.enter_context(progress_bar(total=iterations, desc="LR finder", unit="batch"))

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 
 from core import distributed
 from core.cli import LOG, progress_bar
+from core.convolution import use_fp32_weight_gradients
 from core.errors import RunError
 from core.machine import autocast, is_out_of_memory, report_out_of_memory
-from training.convolution import use_fp32_weight_gradients
 from training.techniques import Techniques, soft_hits
 from utils import normalize
 
@@ -119,8 +119,7 @@ class TrainStep:
         techniques: Techniques | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
-        if self.device.type == "cpu" and precision == "bf16":
-            use_fp32_weight_gradients(model)
+        use_fp32_weight_gradients(model, precision)
         self.network = model
         self.model = distributed.wrap_ddp(model, self.device, sync_bn=sync_bn)
         self.sync_bn = sync_bn and distributed.world_size() > 1

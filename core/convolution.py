@@ -53,8 +53,13 @@ class _StridedConvolution(torch.autograd.Function):
         return images_gradient.to(images.dtype), weight_gradient, None, None
 
 
-def use_fp32_weight_gradients(model: nn.Module) -> None:
-    """Turn the strided convolutions of `model` that are larger than 1x1 into StridedConv2d, in place."""
+def use_fp32_weight_gradients(model: nn.Module, precision: str) -> None:
+    """Turn the strided convolutions of `model` that are larger than 1x1 into StridedConv2d, in place.
+
+    Does nothing unless `precision` is "bf16" and the model is on a CPU.
+    """
+    if precision != "bf16" or next(model.parameters()).device.type != "cpu":
+        return
     for module in model.modules():
         if type(module) is nn.Conv2d and module.stride != (1, 1) and module.kernel_size != (1, 1):
             module.__class__ = StridedConv2d  # weights, names and state_dict stay as they are

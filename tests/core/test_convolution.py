@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.convolution import StridedConv2d, use_fp32_weight_gradients
 from model import build_model
-from training.convolution import StridedConv2d, use_fp32_weight_gradients
 from training.engine import TrainStep
 from training.recipe import Recipe
 
@@ -27,7 +27,7 @@ def output_and_gradients(model: nn.Module, images: Tensor, bf16: bool) -> tuple[
 def test_only_the_weight_gradients_of_strided_convolutions_differ(name: str, bf16: bool, fixed_seed) -> None:
     plain = build_model(name).to(memory_format=torch.channels_last)
     model = copy.deepcopy(plain)
-    use_fp32_weight_gradients(model)
+    use_fp32_weight_gradients(model, "bf16")
     assert model.state_dict().keys() == plain.state_dict().keys()
     images = torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
     logits, gradients = output_and_gradients(model, images, bf16)
