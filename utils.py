@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import cv2
@@ -284,7 +284,7 @@ class LRFinderResult:
     smoothed: list[float]
     suggested_lr: float
     method: str
-    seconds_per_image: float = 0.0  # of the batches of the test
+    seconds_per_image: float = field(default=0.0, compare=False)  # measured
 
     @property
     def summary(self) -> str:
