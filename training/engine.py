@@ -164,10 +164,12 @@ class TrainStep:
                 batch = use.progressive_size(batch, step)
             if use.mixing:
                 batch, targets = use.mixing(batch, labels, step)
-            loss_sum, hits = self.compute_gradients(batch, targets, global_size)
+            # once a batch, for both passes of SAM
+            soft_targets = use.distillation.soft_targets(batch) if use.distillation else None
+            loss_sum, hits = self.compute_gradients(batch, targets, soft_targets, global_size)
             if use.sam and step >= use.sam.first_step:
                 self.scaler.update()  # it unscales gradients once per update; an overflow recurs in this pass
-                use.sam(closure=lambda: self.compute_gradients(batch, targets, global_size))
+                use.sam(closure=lambda: self.compute_gradients(batch, targets, soft_targets, global_size))
             if use.clip_norm:
                 nn.utils.clip_grad_norm_(self.network.parameters(), use.clip_norm)
             self._update_weights()
@@ -186,13 +188,14 @@ class TrainStep:
             self.scheduler.step()
 
     def compute_gradients(
-        self, batch: torch.Tensor, targets: torch.Tensor, global_size: int
+        self, batch: torch.Tensor, targets: torch.Tensor, soft_targets: torch.Tensor | None, global_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Leave the gradients of the batch, unscaled, in the weights; with --accumulate by micro-batches.
 
         Args:
             batch: normalised float32 [N, 3, H, W].
             targets: int64 [N], or float32 [N, classes] where images are mixed.
+            soft_targets: the teachers', float32 [N, classes]; None without --teacher.
 
         Returns:
             The batch's summed loss in nats and its hits, scalars on the device.
@@ -200,25 +203,27 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         # as many on every rank, each with at least one image
         count = min(self.techniques.accumulate, global_size // distributed.world_size())
-        parts = list(zip(batch.tensor_split(count), targets.tensor_split(count), strict=True))
+        values = [value for value in (batch, targets, soft_targets) if value is not None]
+        parts = list(zip(*(value.tensor_split(count) for value in values), strict=True))
         # compiled or eager is decided by the batch alone: alike on every rank, and in a resumed run
         if global_size == self.compile_batch_size and self.compiled is None:
             self._compile(*parts[0])
         is_full = global_size == self.compile_batch_size  # no longer where compilation failed
         sums = []
-        for number, (part, part_targets) in enumerate(parts, start=1):
-            network = self.compiled if is_full and len(part) == len(parts[0][0]) else self.model
+        for number, part in enumerate(parts, start=1):
+            images, part_targets, *_ = part
+            network = self.compiled if is_full and len(images) == len(parts[0][0]) else self.model
             synchronize = number == count or distributed.world_size() == 1
             with contextlib.nullcontext() if synchronize else self.model.no_sync():
-                weight = _loss_weight(len(part), global_size)
-                loss, logits = self._micro_batch(network, part, part_targets, weight)
+                weight = _loss_weight(len(images), global_size)
+                loss, logits = self._micro_batch(network, *part, weight=weight)
             # read before the next pass: CUDA graphs reuse the memory of `logits`
-            sums.append((loss * len(part), soft_hits(logits.argmax(1), part_targets)))
+            sums.append((loss * len(images), soft_hits(logits.argmax(1), part_targets)))
         self.scaler.unscale_(self.optimizer)
         loss_sums, hits = zip(*sums, strict=True)
         return sum(loss_sums[1:], loss_sums[0]), sum(hits[1:], hits[0])
 
-    def _compile(self, batch: torch.Tensor, targets: torch.Tensor) -> None:
+    def _compile(self, *part: torch.Tensor) -> None:
         """Compile the network if it works and agrees with the eager one on every rank; else train eagerly.
 
         A trial runs backward too, which torch compiles only when it gets there. A rank that fails takes part
@@ -237,8 +242,8 @@ class TrainStep:
             try:
                 network = compiled(self.network, device, cuda_graphs=cuda_graphs)
                 for _ in range(TRIALS):
-                    eager = self._loss_and_gradient_norm(self.network, batch, targets)
-                    found = self._loss_and_gradient_norm(network, batch, targets)
+                    eager = self._loss_and_gradient_norm(self.network, *part)
+                    found = self._loss_and_gradient_norm(network, *part)
                     reason = reason or _disagreement(found, eager)
             except Exception as error:  # no C compiler, an unsupported processor: torch raises many kinds
                 if is_out_of_memory(error):
@@ -256,23 +261,29 @@ class TrainStep:
             self.compiled = network if self.model is self.network else compiled(self.model, device)
 
     def _loss_and_gradient_norm(
-        self, network: Callable[..., torch.Tensor], batch: torch.Tensor, targets: torch.Tensor
+        self, network: Callable[..., torch.Tensor], *part: torch.Tensor
     ) -> tuple[float, float]:
-        """The mean loss of the batch, and the norm of its scaled gradients, which replace all others."""
+        """The mean loss of a micro-batch, and the norm of its scaled gradients, which replace all others."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss, _ = self._micro_batch(network, batch, targets, 1.0)
+        loss, _ = self._micro_batch(network, *part, weight=1.0)
         gradients = [value.grad for value in self.network.parameters() if value.grad is not None]
         return loss.item(), nn.utils.get_total_norm(gradients).item()
 
     def _micro_batch(
-        self, network: Callable[..., torch.Tensor], batch: torch.Tensor, targets: torch.Tensor, weight: float
+        self,
+        network: Callable[..., torch.Tensor],
+        batch: torch.Tensor,
+        targets: torch.Tensor,
+        soft_targets: torch.Tensor | None = None,
+        *,
+        weight: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the scaled gradients of `weight` x the mean loss; return mean loss and logits, detached."""
         with autocast(self.device, self.precision):
             logits = network(batch).float()
         loss = self.criterion(logits, targets)
         if self.techniques.distillation:
-            loss = self.techniques.distillation(loss, logits, batch)
+            loss = self.techniques.distillation(loss, logits, soft_targets)
         self.scaler.scale(loss * weight).backward()
         return loss.detach(), logits.detach()
 

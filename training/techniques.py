@@ -238,39 +238,39 @@ class Distillation:
         self.alpha, self.weight = alpha, alpha if weight is None else weight
         self.temperature, self.standardize, self.precision = temperature, standardize, precision
 
-    def __call__(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def soft_targets(self, images: Tensor) -> Tensor:
+        """The logarithm of the teachers' mean probabilities, softened: float32 [N, classes].
+
+        Args:
+            images: normalised float32 [N, 3, H, W].
+        """
+        with autocast(images.device, self.precision):
+            logits = torch.stack([teacher(images).float() for teacher in self.teachers])
+        return self._soften(logits).logsumexp(dim=0) - math.log(len(logits))
+
+    def __call__(self, loss: Tensor, logits: Tensor, soft_targets: Tensor) -> Tensor:
         """The loss to train on, a scalar in nats.
 
         Args:
             loss: the mean loss against the labels, a scalar.
             logits: the student's, float32 [N, classes].
-            images: normalised float32 [N, 3, H, W].
+            soft_targets: those of the same images.
         """
-        with torch.no_grad(), autocast(images.device, self.precision):
-            teacher_logits = [teacher(images).float() for teacher in self.teachers]
+        divergence = F.kl_div(self._soften(logits), soft_targets, reduction="batchmean", log_target=True)
+        return (1 - self.alpha) * loss + self.weight * (self.temperature**2 * divergence)
+
+    def _soften(self, logits: Tensor) -> Tensor:
+        """The logarithm of the softened probabilities, [..., classes] as `logits`."""
         if self.standardize:
-            logits, teacher_logits = standardized(logits), [standardized(value) for value in teacher_logits]
-        soft_loss = distillation_loss(logits, torch.stack(teacher_logits), self.temperature)
-        return (1 - self.alpha) * loss + self.weight * soft_loss
+            logits = standardized(logits)
+        return F.log_softmax(logits / self.temperature, dim=-1)
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """`logits` [N, classes] with mean 0 and standard deviation 1 in each row."""
-    deviation, mean = torch.std_mean(logits, dim=1, keepdim=True)
+    """`logits` [..., classes] with mean 0 and standard deviation 1 for each image; equal ones become 0."""
+    deviation, mean = torch.std_mean(logits, dim=-1, keepdim=True)
     return (logits - mean) / (deviation + 1e-7)
-
-
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(mean of softmax(teacher / T) || softmax(student / T)), the mean in nats per image.
-
-    Args:
-        logits: [N, classes].
-        teacher_logits: [teachers, N, classes].
-    """
-    student = F.log_softmax(logits / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=2)
-    teacher = teacher.logsumexp(dim=0) - math.log(len(teacher_logits))
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 class SharpnessAware:

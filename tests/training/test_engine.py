@@ -26,7 +26,7 @@ from model import build_model
 from training import engine
 from training.engine import RunningTotals, evaluate, train_one_epoch
 from training.recipe import Recipe
-from training.techniques import SharpnessAware, Techniques
+from training.techniques import Distillation, SharpnessAware, Techniques
 from utils import normalize
 
 # ---- training ----
@@ -147,6 +147,15 @@ def test_clipping_bounds_the_norm_of_the_gradient() -> None:
         train(make_step(model, techniques=Techniques(clip_norm=clip_norm)), batches_of(8))
         norms.append(torch.stack([value.grad.norm() for value in model.parameters()]).norm().item())
     assert norms[0] == norms[2] > 0.5 and norms[1] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_sams_two_passes_share_the_teachers_outputs() -> None:
+    teacher, images_seen = small_net(), []
+    teacher.register_forward_hook(lambda _model, inputs, _output: images_seen.append(len(inputs[0])))
+    distillation, model = Distillation([teacher], alpha=0.5, temperature=2.0), small_net()
+    techniques = Techniques(distillation=distillation, sam=SharpnessAware(model, 0.1), accumulate=2)
+    train(make_step(model, techniques=techniques), batches_of(8, 8, 3))
+    assert images_seen == [8, 8, 3]
 
 
 @pytest.mark.parametrize(("accumulate", "size"), [(2, 12), (3, 10), (5, 3)])

@@ -22,9 +22,9 @@ from training.techniques import (
     StepSeed,
     build_techniques,
     decay_after,
-    distillation_loss,
     frozen_bn_statistics,
     soft_hits,
+    standardized,
 )
 
 
@@ -138,57 +138,100 @@ def test_resizing_averages_fine_patterns() -> None:
 
 # ---- distillation ----
 
+NO_IMAGES = torch.zeros(1, 3, 8, 8)
+
+
+def fixed_network(*logits: list[float]) -> nn.Module:
+    """A network that answers with `logits`, whatever the images."""
+    network = nn.Module()
+    network.forward = lambda images: torch.tensor(logits)
+    return network
+
+
+def loss_on(distillation: Distillation, logits: Tensor, loss: float = 0.0) -> Tensor:
+    return distillation(torch.tensor(loss), logits, distillation.soft_targets(NO_IMAGES))
+
+
+def softmax(*logits: float) -> list[float]:
+    return [math.exp(value) / sum(map(math.exp, logits)) for value in logits]
+
+
+def divergence(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_the_distillation_gradient_is_hintons(temperature: float) -> None:
     """d/dz of the mean over images: T (softmax(z / T) - softmax(v / T)) / N; 0 for equal networks."""
     torch.manual_seed(0)
     logits, teacher_logits = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7) * 3
-    distillation_loss(logits, teacher_logits[None], temperature).backward()
+    distillation = Distillation([fixed_network(*teacher_logits.tolist())], alpha=1.0, temperature=temperature)
+    loss_on(distillation, logits).backward()
     difference = (logits / temperature).softmax(1) - (teacher_logits / temperature).softmax(1)
     torch.testing.assert_close(logits.grad, temperature * difference.detach() / 5)
-    assert distillation_loss(teacher_logits, teacher_logits[None] + 5, temperature).abs() < 1e-5
+    assert loss_on(distillation, teacher_logits + 5).abs() < 1e-5
 
 
-def test_several_teachers_teach_their_mean_probabilities() -> None:
-    torch.manual_seed(0)
-    logits, teachers = torch.randn(5, 7), torch.randn(3, 5, 7) * 3
-    mean = (teachers / 2).softmax(2).mean(0)
-    expected = 4 * (mean * (mean.log() - (logits / 2).log_softmax(1))).sum(1).mean()
-    torch.testing.assert_close(distillation_loss(logits, teachers, 2.0), expected)
-
-
-def test_standardized_logits_are_compared_without_their_scale() -> None:
-    torch.manual_seed(0)
-    logits, images = torch.randn(4, 7), torch.randn(4, 3, 2, 2)
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+def test_standardized_logits_are_softened_as_by_hand() -> None:
+    """[0, 3, 6] has mean 3 and deviation 3; [2, 2, 8] has mean 4 and deviation sqrt(24 / 2)."""
+    teacher = fixed_network([2.0, 2.0, 8.0])
     distillation = Distillation([teacher], alpha=0.9, weight=9.0, temperature=2.0, standardize=True)
-    z, v = ((x - x.mean(1, keepdim=True)) / x.var(1, keepdim=True).sqrt() for x in (logits, teacher(images)))
-    loss = F.cross_entropy(logits, torch.arange(4))
-    total = distillation(loss, logits, images)
-    torch.testing.assert_close(total, 0.1 * loss + 9 * distillation_loss(z, v.detach()[None], 2.0))
-    with torch.no_grad():
-        for value in teacher.parameters():
-            value *= 3
-    torch.testing.assert_close(distillation(loss, logits, images), total)
+    total = loss_on(distillation, torch.tensor([[0.0, 3.0, 6.0]]), loss=5.0)
+    d = 2 * math.sqrt(12)
+    expected = divergence(softmax(-2 / d, -2 / d, 4 / d), softmax(-1 / 2, 0, 1 / 2))
+    assert total.item() == pytest.approx(0.1 * 5 + 9 * 2**2 * expected, rel=1e-5)
 
 
-def test_sam_takes_part_from_its_first_epoch_on() -> None:
-    batches, weights = batches_of(8, 8, 8), {}
-    for sam, start, steps in (("none", None, 2), ("none", None, 3), ("sam", 3, 2), ("sam", 3, 3)):
-        model = small_net()
-        recipe = Recipe(lr=0.01, epochs=4, milestones=(3,), sam=sam, sam_start=start)
-        step = make_step(
-            model, recipe, techniques=build_techniques(recipe, model, classes=10, batches_per_epoch=1)
-        )
-        for batch in batches[:steps]:
-            step(*batch)
-        weights[sam, steps] = model.state_dict()
-    assert same_weights(weights["sam", 2], weights["none", 2])
-    assert not same_weights(weights["sam", 3], weights["none", 3])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_softened_probabilities_of_several_teachers_are_averaged(standardize: bool) -> None:
+    """[-1, 0, 1] and [0, 0, 9] at T = 2; standardised they are [-1, 0, 1] and [-1, -1, 2] / sqrt(3)."""
+    teachers = [fixed_network([-1.0, 0.0, 1.0]), fixed_network([0.0, 0.0, 9.0])]
+    distillation = Distillation(teachers, alpha=1.0, temperature=2.0, standardize=standardize)
+    second, d = softmax(0, 0, 4.5), 2 * math.sqrt(3)
+    if standardize:
+        second = softmax(-1 / d, -1 / d, 2 / d)
+    means = [(a + b) / 2 for a, b in zip(softmax(-0.5, 0, 0.5), second, strict=True)]
+    torch.testing.assert_close(distillation.soft_targets(NO_IMAGES).exp(), torch.tensor([means]))
+    total = loss_on(distillation, torch.tensor([[-1.0, 0.0, 1.0]]))
+    assert total.item() == pytest.approx(4 * divergence(means, softmax(-0.5, 0, 0.5)), rel=1e-5)
 
 
-def test_the_teacher_is_weighted_by_alpha_and_stays_as_it_was() -> None:
+def test_standardizing_leaves_a_student_its_own_offset_and_scale() -> None:
+    torch.manual_seed(0)
+    teacher_logits, logits = torch.randn(5, 7) * 3, torch.randn(5, 7, requires_grad=True)
+    teacher = fixed_network(*teacher_logits.tolist())
+    distillation = Distillation([teacher], alpha=1.0, temperature=2.0, standardize=True)
+    assert loss_on(distillation, 0.1 * teacher_logits + 4).abs() < 1e-6
+    first = loss_on(distillation, logits)
+    first.backward()
+    torch.testing.assert_close(logits.grad.sum(1), torch.zeros(5), atol=1e-6, rtol=0)
+    torch.testing.assert_close((logits.grad * logits).sum(1), torch.zeros(5), atol=1e-6, rtol=0)
+    with torch.no_grad():  # downhill is nearer to the teacher
+        assert loss_on(distillation, logits - 0.1 * logits.grad) < first
+
+
+def test_equal_logits_are_standardized_to_zero_with_a_finite_gradient() -> None:
+    logits = torch.full((2, 5), 3.0, requires_grad=True)
+    values = standardized(logits)
+    values[:, 0].sum().backward()
+    assert not values.any() and logits.grad.isfinite().all()
+
+
+def test_the_recipe_sets_the_weights_of_both_terms() -> None:
+    published = {"distill_weight": 9.0, "distill_temperature": 2.0, "distill_standardize": True}
+    for fields, expected in (
+        ({}, (0.9, 0.9, 4.0, False)),
+        ({"distill_alpha": 0.3}, (0.3, 0.3, 4.0, False)),
+        (published, (0.9, 9.0, 2.0, True)),
+    ):
+        recipe = Recipe(teacher=("a.pth",), **fields)
+        options = {"classes": 100, "batches_per_epoch": 1, "teachers": [nn.Linear(1, 1)]}
+        made = build_techniques(recipe, nn.Linear(1, 1), **options).distillation
+        assert (made.alpha, made.weight, made.temperature, made.standardize) == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_teacher_is_weighted_by_alpha_and_stays_as_it_was(precision: str) -> None:
     torch.manual_seed(1)
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten(), nn.LazyLinear(6)]
     teacher, images, labels = nn.Sequential(*layers), torch.randn(4, 3, 8, 8), torch.arange(4)
@@ -197,12 +240,16 @@ def test_the_teacher_is_weighted_by_alpha_and_stays_as_it_was() -> None:
     logits = torch.randn(4, 6, requires_grad=True)
     loss = F.cross_entropy(logits, labels)
     with torch.no_grad():
-        soft = distillation_loss(logits, copy.deepcopy(teacher).eval()(images)[None], 4.0)
+        expected = (copy.deepcopy(teacher).eval()(images) / 4).softmax(1)
+    soft = 4.0**2 * F.kl_div((logits / 4).log_softmax(1), expected, reduction="batchmean")
     for alpha in (0.0, 0.3, 1.0):
-        total = Distillation([teacher], alpha=alpha, temperature=4.0)(loss, logits, images)
-        torch.testing.assert_close(total, (1 - alpha) * loss + alpha * soft)
-    Distillation([teacher], alpha=0.9, temperature=4.0, precision="bf16")(loss, logits, images).backward()
-    assert not teacher.training and all(value.grad is None for value in teacher.parameters())
+        distillation = Distillation([teacher], alpha=alpha, temperature=4.0, precision=precision)
+        soft_targets = distillation.soft_targets(images)
+        assert soft_targets.dtype == torch.float32 and not soft_targets.requires_grad
+        close = {} if precision == "fp32" else {"rtol": 0.02, "atol": 0.02}
+        torch.testing.assert_close(
+            distillation(loss, logits, soft_targets), (1 - alpha) * loss + alpha * soft, **close
+        )
     assert equal_states(before, teacher)
 
 
@@ -284,6 +331,21 @@ def test_the_radius_is_the_papers_unless_it_is_given(kind: str) -> None:
         recipe = Recipe(sam=kind, sam_rho=rho)
         sam = build_techniques(recipe, Quadratic(), classes=100, batches_per_epoch=1).sam
         assert (sam.rho, sam.adaptive) == (expected, kind == "asam")
+
+
+def test_sam_takes_part_from_its_first_epoch_on() -> None:
+    batches, weights = batches_of(8, 8, 8), {}
+    for sam, start, steps in (("none", None, 2), ("none", None, 3), ("sam", 3, 2), ("sam", 3, 3)):
+        model = small_net()
+        recipe = Recipe(lr=0.01, epochs=4, milestones=(3,), sam=sam, sam_start=start)
+        step = make_step(
+            model, recipe, techniques=build_techniques(recipe, model, classes=10, batches_per_epoch=1)
+        )
+        for batch in batches[:steps]:
+            step(*batch)
+        weights[sam, steps] = model.state_dict()
+    assert same_weights(weights["sam", 2], weights["none", 2])
+    assert not same_weights(weights["sam", 3], weights["none", 3])
 
 
 # ---- averages of weights ----
