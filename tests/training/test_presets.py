@@ -80,10 +80,10 @@ def test_each_recipe_trains_end_to_end(driver: Driver, tmp_path: Path, name: str
     assert (stored["epochs"], stored["sam"]) == (1, "asam" if name == "best" else "none")
 
 
-@pytest.mark.parametrize("kind", TECHNIQUES)
-def test_an_interrupted_run_resumes_exactly(driver: Driver, tmp_path: Path, kind: str) -> None:
+def resumed_run(driver: Driver, tmp_path: Path, flags: list[str]) -> dict:
+    """The last state of a run of 4 epochs that was interrupted twice: it is the unbroken run's."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = [*QUICK, *TECHNIQUES[kind].split(), "--epochs", "4"]
+    flags = [*QUICK, *flags, "--epochs", "4"]
     code, output = driver.run([*flags, "--output-dir", whole], tmp_path / "output")
     assert code == 0, output
     flags = [*flags, "--output-dir", cut]
@@ -95,45 +95,60 @@ def test_an_interrupted_run_resumes_exactly(driver: Driver, tmp_path: Path, kind
     code, output = driver.run(flags, tmp_path / "output")
     assert code == 0, output
     assert digests(cut) == digests(whole)
-    state = load_checkpoint(cut / "CNN_Model_last.pth")
+    return load_checkpoint(cut / "CNN_Model_last.pth")
+
+
+@pytest.mark.parametrize("kind", TECHNIQUES)
+def test_an_interrupted_run_resumes_exactly(driver: Driver, tmp_path: Path, kind: str) -> None:
+    state = resumed_run(driver, tmp_path, TECHNIQUES[kind].split())
     assert state["average"]["count"] == {"moving average": 20, "equal average": 3}[kind]
 
 
-def test_a_teacher_is_learned_from_and_must_know_the_same_classes(driver: Driver, tmp_path: Path) -> None:
-    code, output = driver.run([*QUICK, "--epochs", "1", "--output-dir", tmp_path], tmp_path / "output")
-    assert code == 0, output
-    teacher = ["--teacher", tmp_path / "CNN_Model_best.pth", "--name", "student"]
-    flags = [*QUICK, "--epochs", "1", "--output-dir", tmp_path, *teacher]
-    code, output = driver.run(flags, tmp_path / "output")
-    assert code == 0 and "teacher" in output, output
-    flags[-1:] = [
-        "two_teachers",
-        "--distill-standardize",
-        "--distill-weight",
-        "9",
-        "--distill-temperature",
-        "2",
-    ]
-    flags.insert(flags.index("--teacher") + 2, tmp_path / "student_best.pth")
-    code, output = driver.run(flags, tmp_path / "output")
-    assert code == 0, output
-    paths = [str(tmp_path / name) for name in ("CNN_Model_best.pth", "student_best.pth")]
-    assert load_checkpoint(tmp_path / "two_teachers_best.pth")["recipe"]["teacher"] == paths
-    flags = [*QUICK, "--epochs", "1", "--output-dir", tmp_path, *teacher]
-    first = load_checkpoint(tmp_path / "CNN_Model_best.pth")["history"][0]
-    student = load_checkpoint(tmp_path / "student_best.pth")["history"][0]
-    assert student["train_loss"] != first["train_loss"]
-    other = load_checkpoint(tmp_path / "CNN_Model_best.pth")
-    other["classes"] = other["classes"][::-1]
+@pytest.fixture
+def teachers(driver: Driver, tmp_path: Path) -> list[Path]:
+    """Two trained networks."""
+    for seed, name in enumerate(("one", "two")):
+        flags = [*QUICK, "--epochs", "1", "--output-dir", tmp_path, "--name", name]
+        code, output = driver.run([*flags, "--seed", seed], tmp_path / "output")
+        assert code == 0, output
+    return [tmp_path / "one_best.pth", tmp_path / "two_best.pth"]
+
+
+def test_a_run_with_two_teachers_resumes_exactly(
+    driver: Driver, tmp_path: Path, teachers: list[Path]
+) -> None:
+    published = "--distill-standardize --distill-weight 9 --distill-temperature 2"
+    late = ["--sam", "asam", "--sam-start", "4"]  # after both interruptions
+    flags = [*published.split(), *late, "--accumulate", "2", "--teacher", *teachers]
+    state = resumed_run(driver, tmp_path, flags)
+    assert state["recipe"]["teacher"] == list(map(str, teachers))
+
+
+def test_teachers_are_learned_from_and_must_know_the_same_classes(
+    driver: Driver, tmp_path: Path, teachers: list[Path]
+) -> None:
+    losses = []
+    for number, taught_by in enumerate(([], teachers[:1], teachers)):
+        flags = [*QUICK, "--epochs", "1", "--output-dir", tmp_path, "--name", f"student{number}"]
+        flags += ["--teacher", *taught_by] if taught_by else []
+        code, output = driver.run(flags, tmp_path / "output")
+        assert code == 0 and all(str(path) in output for path in taught_by), output
+        history = load_checkpoint(tmp_path / f"student{number}_best.pth")["history"]
+        losses.append(history[0]["train_loss"])
+    assert len(set(losses)) == 3
+    other = load_checkpoint(teachers[0])
+    other["classes"] = other["classes"][:-1]
+    other["model"] |= {name: other["model"][name][:-1] for name in ("fc.weight", "fc.bias")}
     save_checkpoint(tmp_path / "other_classes.pth", other)
-    before = digests(tmp_path)
+    (tmp_path / "damaged.pth").write_bytes(teachers[0].read_bytes()[:-100])
+    before = digests(tmp_path, "one")
     for path, code, message in (
-        ("none.pth", 1, "none.pth"),
-        ("other_classes.pth", 1, "was trained on other classes"),
-        ("CNN_Model_best.pth", 2, "pass another --name"),
+        ("none.pth", 1, "none.pth does not exist"),
+        ("damaged.pth", 1, "damaged.pth is damaged"),
+        ("other_classes.pth", 1, "other_classes.pth was trained on other classes"),
+        ("one_best.pth", 2, "one_best.pth would be replaced by this run: pass another --name"),
     ):
-        flags[flags.index("--teacher") + 1] = tmp_path / path
-        named = [*flags, "--name", "CNN_Model", "--overwrite"]
-        got, output = driver.run(named, tmp_path / "output")
-        assert got == code and message in output and "Traceback" not in output
-        assert digests(tmp_path) == before  # nothing of the earlier run is lost
+        flags = [*QUICK, "--output-dir", tmp_path, "--teacher", teachers[1], tmp_path / path]
+        got, output = driver.run([*flags, "--name", "one", "--overwrite"], tmp_path / "output")
+        assert got == code and message in output and "Traceback" not in output, output
+        assert digests(tmp_path, "one") == before  # nothing of the earlier run is lost
