@@ -374,11 +374,10 @@ def ask_questions(
         LOG.info(f"No LR finder: the learning rate is {lr:.2e}, the default.")
     epochs = recipe.epochs
     if not settings.epochs_given and not settings.yes:
-        lowest = recipe.milestones[-1] + 1 if recipe.milestones else 1
         epochs = ask(
             f"Select number of epochs for training (default {Recipe.epochs}): ",
             Recipe.epochs,
-            as_answer(whole_number(lowest, MAX_EPOCHS), "The number of epochs"),
+            as_answer(whole_number(recipe.min_epochs, MAX_EPOCHS), "The number of epochs"),
             shown=str(Recipe.epochs),
         )
     return replace(recipe, lr=lr, epochs=epochs)

@@ -301,6 +301,12 @@ def test_one_epoch_on_the_real_images(real_data_dir, tmp_path, capsys) -> None:
         ("", "", [FINDER, SUGGESTED, EPOCHS], (0.02, 20, True)),
         ("y 1", "--lr-finder", [SUGGESTED, EPOCHS], (0.02, 1, True)),
         ("1", "--no-lr-finder", [EPOCHS], (0.1, 1, False)),
+        # fewer than the other flags leave room for: asked again
+        ("2 3", "--lr 0.07 --milestones 1 2", [EPOCHS], (0.07, 3, False)),
+        ("2 3", "--lr 0.07 --scheduler cosine --warmup-epochs 2", [EPOCHS], (0.07, 3, False)),
+        ("1 2", "--lr 0.07 --image-sizes 24 32", [EPOCHS], (0.07, 2, False)),
+        ("2 3", "--lr 0.07 --swa-start 3", [EPOCHS], (0.07, 3, False)),
+        ("2 3", "--lr 0.07 --sam sam --sam-start 3", [EPOCHS], (0.07, 3, False)),
         ("1", "--lr 0.07", [EPOCHS], (0.07, 1, False)),
         ("1", "--lr 0.07 --lr-finder", [EPOCHS], (0.07, 1, True)),
         ("n", "--epochs 1", [FINDER], (0.1, 1, False)),

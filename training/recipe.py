@@ -244,6 +244,17 @@ class Recipe:
         return tuple(sorted(m for m in scaled if 1 <= m < self.epochs))
 
     @property
+    def min_epochs(self) -> int:
+        """The fewest epochs that the other choices leave room for."""
+        return max(
+            (self.milestones or (0,))[-1] + 1,
+            self.warmup_epochs + 1,
+            len(self.image_sizes or ()),
+            self.swa_start or 1,
+            self.sam_start or 1,
+        )
+
+    @property
     def uses_averaging(self) -> bool:
         """Whether an average of the weights is kept beside them."""
         return self.ema_decay > 0 or self.swa_start is not None
