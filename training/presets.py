@@ -68,6 +68,8 @@ def apply_preset(args: argparse.Namespace) -> argparse.Namespace:
     dropped = set(given)  # and the values that the given flags leave without meaning
     if merged["scheduler"] != "cosine" or merged["warmup_epochs"] >= merged["epochs"]:
         dropped.add("warmup_epochs")
+    if merged["sam"] == "none" or (merged["sam_start"] or 0) > merged["epochs"]:
+        dropped.add("sam_start")
     if "swa_start" in given:
         dropped.add("ema_decay")
     if "max_lr" in given:

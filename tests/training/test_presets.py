@@ -64,6 +64,16 @@ def test_flags_beside_fast_override_it() -> None:
     assert (made.lr, made.max_lr, made.epochs, made.image_sizes) == (0.4, None, 1, None)
 
 
+@pytest.mark.parametrize(
+    ("flags", "start"), [("", 4), ("--epochs 4", 4), ("--epochs 3", None), ("--sam none", None)]
+)
+def test_a_late_start_of_sam_is_dropped_where_it_has_no_meaning(
+    monkeypatch: pytest.MonkeyPatch, flags: str, start: int | None
+) -> None:
+    monkeypatch.setitem(PRESETS, "best", ("", "--epochs 5 --sam sam --sam-start 4"))
+    assert recipe("--recipe", "best", *flags.split()).sam_start == start
+
+
 def test_a_resumed_run_takes_no_recipe() -> None:
     with pytest.raises(UsageError, match="--recipe is for new runs"):
         recipe("--recipe", "best", "--resume")
