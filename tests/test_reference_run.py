@@ -30,7 +30,7 @@ def test_the_weights_are_small_and_safe_and_hold_the_committed_history_and_recip
     assert state["epoch"] == best["epoch"]
     assert state["accuracy_percent"] == pytest.approx(best["test_acc_percent"])
     recipe = Recipe.from_dict(state["recipe"])
-    assert json.loads((FOLDER / "recipe.json").read_text("utf-8")) == recipe.to_dict()
+    assert Recipe.from_dict(json.loads((FOLDER / "recipe.json").read_text("utf-8"))) == recipe
     assert recipe == Recipe(epochs=100, precision=recipe.precision)
 
 

@@ -430,7 +430,7 @@ def test_a_signal_before_training_ends_it_without_a_traceback(driver, tmp_path, 
     if where == "batch":  # of the finder, with workers
         flags += ["--workers", "2"]
     child = driver.start(flags, tmp_path / "output", ["silent_input"])
-    child.wait_for("LR Finder?" if where == "question" else "Versions")
+    child.wait_for("LR Finder?" if where == "question" else "Output: ")
     time.sleep(0.3)
     assert child.kill(number) == 128 + number, child.output
     # the finder may be over by then on a slow machine
