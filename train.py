@@ -392,9 +392,8 @@ def run_lr_finder(recipe: Recipe, model: nn.Module, train_loader: DataLoader, fi
             model, recipe.build_criterion(), recipe.build_optimizer, train_loader, precision=recipe.precision
         )
         LOG.info(found.summary)
-        if (
-            distributed.world_size() == 1 and recipe.sam == "none"
-        ):  # else the finder's steps are not the run's
+        # with several processes, or SAM's two passes, the run's steps cost something else than the finder's
+        if distributed.world_size() == 1 and recipe.sam == "none":
             epoch_s = found.seconds_per_image * len(train_loader.dataset)
             LOG.info(
                 f"An epoch takes about {duration(epoch_s)} here, and the default of {Recipe.epochs} about "

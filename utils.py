@@ -367,19 +367,16 @@ def find_lr(
     Raises:
         RunError: out of memory.
     """
-    from torch_lr_finder import (
-        LRFinder,
-        TrainDataLoaderIter,
-    )  # here: it imports pyplot, which few scripts need
+    # here, since it imports pyplot, which most scripts never need
+    from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
     class Batches(TrainDataLoaderIter):
         """The loader's batches, counted by a bar like the project's others, with loss and rate."""
 
         def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
             if rates := finder.history["lr"]:
-                bar.set_postfix_str(
-                    f"loss {finder.history['loss'][-1]:.3f}, lr {rates[-1]:.2g}", refresh=False
-                )
+                loss = finder.history["loss"][-1]
+                bar.set_postfix_str(f"loss {loss:.3f}, lr {rates[-1]:.2g}", refresh=False)
             bar.update()
             return super().__next__()
 

@@ -48,7 +48,8 @@ def run(*command: object, answers: str = "", **environment: str) -> str:
     [{}, {"accumulate": 2}, {"sam": "sam"}, {"mix": "both"}, {"ema_decay": 0.9}, {"image_sizes": (24, 32)}],
     ids=str,
 )
-def test_compiled_steps_agree_with_eager_ones(techniques: dict, caplog: pytest.LogCaptureFixture) -> None:
+def test_compiled_steps_agree_with_eager_ones(techniques: dict, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(LOG, "propagate", True)  # to caplog
     precision = fastest_precision(DEVICE)
     recipe = Recipe(model="resnet20", lr=0.01, epochs=2, milestones=(1,), precision=precision, **techniques)
     draws = torch.Generator().manual_seed(0)
@@ -69,7 +70,6 @@ def test_compiled_steps_agree_with_eager_ones(techniques: dict, caplog: pytest.L
             techniques=build_techniques(recipe, model, classes=100, batches_per_epoch=3),
         )
         model.train()
-        LOG.propagate = True
         losses[compile_batch_size] = [
             step(*batch)[0].item() / 64 for batch in zip(images, labels, strict=True)
         ]
