@@ -5,9 +5,11 @@
     python export.py --format onnx --int8                 8-bit integers, calibrated on training images
     python export.py --format torchscript                 for torch.jit.load, in C++ too
     python export.py --format torch-export                for torch.export.load
+    python export.py --format checkpoint                  half the size, for the scripts here and --teacher
 
 The exported network is compared with the original on test images and with several batch sizes; if an output
-differs by more than 1e-4, no file is written. With --int8 the change in accuracy is printed instead.
+differs by more than 1e-4, no file is written. For the two formats that round the weights, --int8 and
+checkpoint (half precision), the change in accuracy is printed instead.
 """
 
 import contextlib
@@ -37,7 +39,7 @@ from cifar import dataset
 from core.cli import LOG, Parser, add_data_dir, add_weights, progress_bar, run_main, start_log, whole_number
 from core.errors import RunError, UsageError
 from core.files import atomic_write, check_output
-from training.checkpoint import LoadedModel, find_weights, load_model
+from training.checkpoint import LoadedModel, checkpoint_bytes, find_weights, load_model
 from utils import normalize
 
 MAX_DIFFERENCE = 1e-4  # of an output: rounding explains 1e-5 for logits of 10, as trained networks give
@@ -45,7 +47,12 @@ CALIBRATION_IMAGES = 500  # five per class: the ranges hardly change with more
 LATENCY_BATCHES = (1, 128)
 # TorchScript compiles itself during the first calls.
 WARM_UP_ROUNDS, MIN_ROUNDS, MAX_ROUNDS, MAX_TIMING_S = 3, 3, 50, 3.0
-EXTENSIONS = {"onnx": ".onnx", "torchscript": ".torchscript", "torch-export": ".pt2"}
+EXTENSIONS = {"onnx": ".onnx", "torchscript": ".torchscript", "torch-export": ".pt2", "checkpoint": ".pth"}
+# What a checkpoint of a finished run needs to be used and traced.
+CHECKPOINT_ENTRIES = (
+    *("kind", "name", "recipe", "epoch", "accuracy_percent", "chosen_on", "history", "final_test"),
+    *("versions", "commit", "classes", "superclasses", "superclass_of"),
+)
 META = "meta.json"  # the entry of the file that describes it, as JSON
 ONNX_OPSET = 17  # of 2022: onnxruntime reads it from 1.12 on
 Network = Callable[[torch.Tensor], torch.Tensor]  # a batch in, logits or probabilities out
@@ -62,7 +69,8 @@ def build_parser() -> Parser:
     )
     add_weights(parser, "folder of the runs, and for the file where --output is not given")
     flag = parser.add_argument
-    flag("--format", choices=tuple(EXTENSIONS), default="onnx", help="(default: onnx)")
+    text = "checkpoint: the weights in half precision, as in weights/ (default: onnx)"
+    flag("--format", choices=tuple(EXTENSIONS), default="onnx", help=text)
     text = "include normalisation and softmax: uint8 RGB [N, 32, 32, 3] in, probabilities out"
     flag("--with-preprocessing", action="store_true", help=text)
     text = "8-bit weights and activations, calibrated on training images (onnx only)"
@@ -85,12 +93,15 @@ def main(argv: list[str] | None = None) -> int:
             raise RunError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     elif args.int8:
         raise UsageError(f"--int8 goes with --format onnx only, not {args.format}")
+    if args.format == "checkpoint" and args.with_preprocessing:
+        raise UsageError("--with-preprocessing goes with the other formats: a checkpoint holds weights alone")
     start_log(None)
     trained = load_model(args.weights or find_weights(args.output_dir), model_name=args.model)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", str(trained.state.get("name") or trained.recipe.model))
     name += "_preprocessing" * args.with_preprocessing + "_int8" * args.int8 + EXTENSIONS[args.format]
     target = args.output or args.output_dir / name
-    check_output(target, EXTENSIONS.values(), [trained.path])
+    replaceable = {".pth"} if args.format == "checkpoint" else {*EXTENSIONS.values()} - {".pth"}
+    check_output(target, sorted(replaceable), [trained.path])
     data = find_data(trained, args.data_dir)
     if args.int8 and data is None:
         raise RunError(f"--int8 needs training images, and {args.data_dir} has none: pass --data-dir")
@@ -99,7 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     to_input = torch.tensor if args.with_preprocessing else normalised
     meta = describe(trained, args.with_preprocessing)
     example = to_input(np.zeros((2, 32, 32, 3), np.uint8))  # of one image, torch.export would keep the 1
-    content = EXPORTERS[args.format](model, example, meta)
+    if args.format == "checkpoint":
+        content = to_checkpoint(trained)
+    else:
+        content = EXPORTERS[args.format](model, example, meta)
     if args.int8:
         images = dataset.balanced_subset(data.train, min(CALIBRATION_IMAGES, len(data.train)), seed=0).images
         content = to_int8(content, to_input(images).numpy(), meta)
@@ -115,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     LOG.info(f"Comparing on {len(images):,} {what}:")
     inputs = to_input(images)
     compare(model, exported, inputs, labels, "int8" if args.int8 else args.format)
-    log_latency(model, exported, inputs, args.format)
+    if args.format != "checkpoint":  # it runs as the original
+        log_latency(model, exported, inputs, args.format)
     with atomic_write(target) as file:
         file.write(content)
     weight_bytes = sum(value.nbytes for value in model.state_dict().values())
@@ -224,6 +239,20 @@ def to_onnx(model: nn.Module, example: torch.Tensor, meta: dict[str, Any]) -> by
 EXPORTERS = {"onnx": to_onnx, "torchscript": to_torchscript, "torch-export": to_torch_export}
 
 
+def to_checkpoint(trained: LoadedModel) -> bytes:
+    """The checkpoint with its convolutions and linear layer in float16; vectors, BatchNorm's and biases, stay
+    float32.
+
+    Raises:
+        UsageError: the file is not one of a finished run: it holds a state to resume, or foreign weights.
+    """
+    if trained.state.get("kind") not in ("best", "results"):
+        raise UsageError(f"{trained.path} is not a NAME_best.pth or NAME_training_results.pth: name one")
+    weights = {name: v.half() if v.ndim > 1 else v for name, v in trained.model.state_dict().items()}
+    entries = {key: trained.state[key] for key in CHECKPOINT_ENTRIES if key in trained.state}
+    return checkpoint_bytes({**entries, "model": weights})
+
+
 def to_int8(content: bytes, calibration: np.ndarray, meta: dict[str, Any]) -> bytes:
     """The ONNX network `content` with 8-bit weights (one scale per channel) and activations (their ranges are
     those observed on `calibration`, an input of N images), as QuantizeLinear/DequantizeLinear pairs.
@@ -264,7 +293,12 @@ def load_exported(content: bytes, format_name: str) -> Network:
     """A function that runs the exported bytes on the CPU: batch in, logits or probabilities out."""
     if format_name != "onnx":
         with _quiet():
-            if format_name == "torchscript":
+            if format_name == "checkpoint":
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "exported.pth"
+                    path.write_bytes(content)
+                    module = load_model(path).model
+            elif format_name == "torchscript":
                 module = torch.jit.load(io.BytesIO(content), map_location="cpu")
             else:
                 module = torch.export.load(io.BytesIO(content)).module()
@@ -301,7 +335,7 @@ def compare(
     The batches have 1, 2, 128, 128, ... images, since a file may work with the size of its example alone.
 
     Raises:
-        RunError: an output differs by more than MAX_DIFFERENCE (NaN does too), and the file is not in int8.
+        RunError: an output differs by more than MAX_DIFFERENCE (NaN does too), and the format does not round.
     """
     count = len(inputs)
     bounds = sorted({0, 1, *range(3, count, 128), count})
@@ -319,7 +353,7 @@ def compare(
         before, after = (int((outputs.argmax(1).numpy() == labels).sum()) for outputs in (ours, theirs))
         points = 100 * (after - before) / count
         LOG.info(f"  {before:,} correct in PyTorch, {after:,} in {format_name} ({points:+.2f} points)")
-    if format_name != "int8" and not difference <= MAX_DIFFERENCE:
+    if format_name not in ("int8", "checkpoint") and not difference <= MAX_DIFFERENCE:
         what = (
             f"the exported network differs from PyTorch's by {difference:.2g}, more than {MAX_DIFFERENCE:g}"
         )

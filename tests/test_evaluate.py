@@ -190,7 +190,7 @@ def test_a_run_on_synthetic_images_is_evaluated_on_them_and_says_so(
         (["--limit-test", "201"], 2, "cannot take 201 of 200 images"),
         (["--output-dir", "file"], 1, "is a file, not a folder"),
         (["--output-dir", "empty"], 2, "no trained weights"),
-        (["--model", "resnet32"], 2, "small_best.pth holds a resnet20, not a resnet32: leave --model out"),
+        (["--model", "resnet32"], 2, "holds a resnet20, not a resnet32: pass --model resnet20"),
         (["--model", "resnet21"], 2, "--model 'resnet21' is not known"),
         (["--json", "empty/no/f.json"], 2, "there is no folder empty/no"),
         (["--json", "empty"], 2, "it is a folder"),
@@ -264,22 +264,28 @@ STATE = {"kind": "best", "epoch": 2, "history": [ROW | {"test_loss": 4.0, "test_
 @pytest.mark.parametrize(
     ("state", "measured", "equal", "words"),
     [
-        ({}, (4.0, 32.0, 100), True, "Top-1 equals the history's for epoch 2 exactly; so does the loss."),
-        ({}, (4.0 + 2e-7, 32.0, 100), True, "exactly; the loss differs by 2e-07 nats."),
-        ({}, (4.0, 32.000001, 100), False, "Different here: batches of 7."),
-        ({}, (4.0, 32.0, 99), None, "100 images, this on 99."),
+        ({}, (4.0, 32.0, 10_000), True, "Top-1 equals the history's for epoch 2 exactly; so does the loss."),
+        ({}, (4.0 + 2e-7, 32.0, 10_000), True, "exactly; the loss differs by 2e-07 nats."),
+        (
+            {},
+            (4.0, 31.95, 10_000),
+            True,
+            "but for 5 images, as rounding explains. Different here: batches of 7.",
+        ),
+        ({}, (4.0, 32.11, 10_000), False, "is 32.0000 %. Different here: batches of 7."),
+        ({}, (4.0, 32.0, 9_999), None, "10,000 images, this on 9,999."),
         (
             {"versions": {"torch": "1.0", "other": "2"}},
-            (4.0, 31.0, 100),
+            (4.0, 31.0, 10_000),
             False,
             "batches of 7, torch {torch}.",
         ),
-        ({"history": 7}, (4.0, 32.0, 100), None, "none is in the file."),
+        ({"history": 7}, (4.0, 32.0, 10_000), None, "none is in the file."),
     ],
 )
-def test_equal_means_to_the_last_bit(state: dict, measured: tuple, equal: bool | None, words: str) -> None:
+def test_equal_means_but_for_rounding(state: dict, measured: tuple, equal: bool | None, words: str) -> None:
     state, changes = STATE | state, ["batches of 7"]
-    found = evaluate.compare(Metrics(*measured), state, Recipe(), images_of_run=100, changes=changes)
+    found = evaluate.compare(Metrics(*measured), state, Recipe(), images_of_run=10_000, changes=changes)
     assert (found.equal, found.text.endswith(words.format(torch=versions()["torch"]))) == (equal, True)
     assert (found.recorded is None) == (state["history"] == 7)
 

@@ -91,6 +91,20 @@ def test_the_file_computes_what_the_network_does_and_describes_itself(
         assert str(Path(export.__file__).parent).encode() not in content
 
 
+def test_a_checkpoint_in_half_precision_is_read_like_the_original(tmp_path, weights, capsys) -> None:
+    assert run(weights, tmp_path, "--format", "checkpoint") == 0
+    assert "the same top-1 class for 9 of 9" in capsys.readouterr().out
+    half, original = load_model(tmp_path / "tiny.pth"), load_model(weights)
+    assert (tmp_path / "tiny.pth").stat().st_size < 0.6 * weights.stat().st_size
+    assert (half.recipe, half.classes) == (original.recipe, original.classes)
+    assert {key: half.state[key] for key in ("epoch", "accuracy_percent", "history")} == {
+        key: original.state[key] for key in ("epoch", "accuracy_percent", "history")
+    }
+    for name, value in original.model.state_dict().items():
+        rounded = value.half().float() if value.ndim > 1 else value
+        assert torch.equal(half.model.state_dict()[name], rounded), name
+
+
 def test_weights_of_unknown_training_are_exported_and_nothing_is_said_of_it(tmp_path, weights) -> None:
     torch.save(load_model(weights).model.state_dict(), tmp_path / "mine.pth")
     flags = ["--format", "torchscript", "--model", "resnet20"]
@@ -171,9 +185,10 @@ def test_random_images_where_there_is_no_data(tmp_path, weights, capsys, tiny_ci
     [
         pytest.param(["--int8"], RunError, "needs training images", marks=needs_onnx),
         (["--int8", "--format", "torchscript"], UsageError, "--int8 goes with --format onnx only"),
+        (["--format", "checkpoint", "--with-preprocessing"], UsageError, "goes with the other formats"),
         (["--format", "torchscript", "--output", "none/x.pt"], UsageError, "there is no folder none"),
         (["--format", "torchscript", "--output", "."], UsageError, "it is a folder"),
-        (["--format", "torchscript", "--output", export.__file__], UsageError, "not a .onnx or .torchscript"),
+        (["--format", "torchscript", "--output", export.__file__], UsageError, "not a .onnx or .pt2"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_first(tmp_path, weights, monkeypatch, argv, error, message):
@@ -187,6 +202,9 @@ def test_what_cannot_be_exported_is_refused_first(tmp_path, weights, monkeypatch
 def test_the_weights_are_never_replaced(tmp_path: Path, weights: Path, name: str) -> None:
     copy = tmp_path / name
     copy.write_bytes(weights.read_bytes())
+    with pytest.raises(UsageError, match=r"w2\.pth exists and is not a \.onnx or \.pt2"):
+        (tmp_path / "w2.pth").write_bytes(weights.read_bytes())
+        run(copy, tmp_path, "--format", "torchscript", "--output", tmp_path / "w2.pth")
     with pytest.raises(UsageError, match=f"{name} is an input of this command"):
         run(copy, tmp_path, "--format", "torchscript", "--output", copy)
     assert copy.read_bytes() == weights.read_bytes()

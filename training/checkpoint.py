@@ -47,6 +47,13 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], keep: str | Path | 
     Raises:
         RunError: the file cannot be written; the earlier file at `path` is unchanged.
     """
+    content = checkpoint_bytes(state)
+    with atomic_write(path, keep) as file:
+        file.write(content)
+
+
+def checkpoint_bytes(state: dict[str, Any]) -> bytes:
+    """The content of the file that `save_checkpoint` writes."""
     buffer = io.BytesIO()
     torch.save({"format_version": FORMAT_VERSION, **state}, buffer)
     if _on_accelerator(state):
@@ -54,8 +61,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], keep: str | Path | 
         on_cpu = torch.load(buffer, map_location="cpu", weights_only=True)  # keeps shared storages shared
         buffer = io.BytesIO()
         torch.save(on_cpu, buffer)
-    with atomic_write(path, keep) as file:
-        file.write(_with_digest(buffer.getvalue()))
+    return _with_digest(buffer.getvalue())
 
 
 def _on_accelerator(value: Any) -> bool:
@@ -270,7 +276,7 @@ def load_model(
     except (KeyError, TypeError, ValueError) as error:  # UsageError is a ValueError
         raise RunError(f"{path} is not a checkpoint of a network: {error!r}") from None
     if model_name not in (None, recipe.model):
-        raise UsageError(f"{path} holds a {recipe.model}, not a {model_name}: leave --model out")
+        raise UsageError(f"{path} holds a {recipe.model}, not a {model_name}: pass --model {recipe.model}")
     load_weights(model, state.get("model"), path)
     model = model.eval().to(device, memory_format=torch.channels_last)
     return LoadedModel(model, recipe, *names, superclass_of, path, state)
