@@ -65,8 +65,9 @@ from training.techniques import bn_update_batches, build_techniques
 from training.tensorboard_log import TensorBoard, import_writer
 from utils import DEFAULT_LR, find_lr, make_test_batches, make_train_loader, worker_error
 
+REPOSITORY = Path(__file__).resolve().parent
 # On a GPU an epoch takes seconds: the curves are then drawn at most this often, and always at the end.
-PLOT_EVERY_S = 5.0
+PLOT_EVERY_S = 30.0
 # The bar of the whole run, above that of the epoch; for the log, which has no bars, a line every ten epochs.
 RUN_BAR_FORMAT = "{desc}:{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 TIME_LINE_EVERY = 10
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             recipe = choose_recipe(given, saved, device)
             if saved is not None and (results := distributed.broadcast_object(saved.results_if_finished())):
                 LOG.info(f"The run is finished, nothing is left to train. Results: {results}")
+                LOG.info(f"To train its weights further: {train_further(results)}")
                 return 0
             train(recipe, settings, device, saved, interrupts)
             return 0
@@ -129,7 +131,11 @@ def train(
         model = model.to(device, memory_format=torch.channels_last)
         files.check_space(sum(value.nbytes for value in model.state_dict().values()))
         log_header(recipe, model, device, files, images=(len(train_split), len(test_split)))
-        teachers = load_teachers(recipe, data, device, files)  # early: a missing one must cost nothing
+        # early: a missing file must cost nothing
+        teachers = load_teachers(recipe, data, device, files)
+        if recipe.init_from is not None and saved is None:
+            initial = load_model(here_or_carried(recipe.init_from), model_name=recipe.model)
+            model.load_state_dict(initial.model.state_dict())
         train_loader = make_train_loader(
             train_split,
             batch_size=recipe.batch_size,
@@ -251,16 +257,23 @@ def finish(run: Run, test_batches: list[tuple]) -> None:
 
 def next_steps(files: RunFiles) -> str:
     """Where the plots are, and the commands that use what the run left."""
-
-    def command(*words: object) -> str:
-        return shell_command(["python", *map(str, words)])
-
     return f"""
 Plots:    {files.path("_training_plots.png")}
 Results:  {files.results}
-Evaluate: {command("evaluate.py", "--weights", files.best)}
-Classify: {command("predict.py", "--weights", files.best, "photo.jpg")}
-Export:   {command("export.py", "--weights", files.best)}"""
+Evaluate: {python_command("evaluate.py", "--weights", files.best)}
+Classify: {python_command("predict.py", "--weights", files.best, "photo.jpg")}
+Export:   {python_command("export.py", "--weights", files.best)}
+Go on:    {train_further(files.best)}"""
+
+
+def train_further(weights: Path) -> str:
+    """The command that trains the weights of a finished run further, by a new schedule."""
+    return python_command("train.py", "--init-from", weights)
+
+
+def python_command(*words: object) -> str:
+    """A command as it is typed."""
+    return shell_command(["python", *map(str, words)])
 
 
 # ---- before training: recipe, data, files ----
@@ -425,11 +438,17 @@ def load_teachers(recipe: Recipe, data: ImageData, device: torch.device, files: 
     for path in recipe.teacher or ():
         if Path(path).resolve() in [written.resolve() for written in files.checkpoints]:
             raise UsageError(f"--teacher {path} would be replaced by this run: pass another --name")
-        teacher = load_model(path, device)
+        teacher = load_model(here_or_carried(path), device)
         if teacher.classes != tuple(data.classes):
             raise RunError(f"--teacher {path} was trained on other classes than {data.name} has")
         teachers.append(teacher.model)
     return teachers
+
+
+def here_or_carried(path: str) -> Path:
+    """`path`, relative to the current folder or else, for weights/, to the repository."""
+    here, carried = Path(path), REPOSITORY / path
+    return carried if carried.exists() and not here.exists() else here
 
 
 def choose_compile_size(

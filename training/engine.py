@@ -138,6 +138,12 @@ class TrainStep:
         """Batches since the start of the run: the scheduler's steps, and those that were skipped."""
         return self.scheduler.last_epoch + self.skipped_steps
 
+    @property
+    def _uses_sam(self) -> bool:
+        """Whether the next step takes SAM's second pass."""
+        sam = self.techniques.sam
+        return sam is not None and self.steps_done >= sam.first_step
+
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, global_size: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,6 +160,8 @@ class TrainStep:
             RunError: out of memory.
         """
         use, step = self.techniques, self.steps_done
+        if use.sam and step == use.sam.first_step and self.device.type == "cuda":
+            self.compiled = None  # compiled anew without CUDA graphs
         if global_size is None:
             global_size = len(labels) * distributed.world_size()
         with report_out_of_memory("pass a smaller --batch-size, or --accumulate 2"):
@@ -167,7 +175,7 @@ class TrainStep:
             # once a batch, for both passes of SAM
             soft_targets = use.distillation.soft_targets(batch) if use.distillation else None
             loss_sum, hits = self.compute_gradients(batch, targets, soft_targets, global_size)
-            if use.sam and step >= use.sam.first_step:
+            if self._uses_sam:
                 self.scaler.update()  # it unscales gradients once per update; an overflow recurs in this pass
                 use.sam(closure=lambda: self.compute_gradients(batch, targets, soft_targets, global_size))
             if use.clip_norm:
@@ -236,7 +244,7 @@ class TrainStep:
         self.network.train(training and not self.sync_bn)
         # CUDA graphs only in the plain step: with several backward passes before an optimizer step, torch
         # fails or silently computes wrong gradients (pytorch issues 96693 and 169545)
-        several_passes = self.techniques.accumulate > 1 or self.techniques.sam is not None
+        several_passes = self.techniques.accumulate > 1 or self._uses_sam
         cuda_graphs = device.type == "cuda" and distributed.world_size() == 1 and not several_passes
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:

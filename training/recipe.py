@@ -167,6 +167,11 @@ class Recipe:
     sam_start: int | None = technique(
         None, "SAM from epoch N on, and plain SGD before it (default: from the first)", limits=(1, MAX_EPOCHS)
     )
+    init_from: str | None = technique(
+        None,
+        "start from the weights in this checkpoint of the same network, with a new optimizer and schedule",
+        metavar="CHECKPOINT",
+    )
     teacher: tuple[str, ...] | None = technique(
         None,
         "also learn the outputs of this network (knowledge distillation), or the mean of several",
@@ -223,6 +228,7 @@ class Recipe:
             (not (self.ema_decay and self.swa_start), "pass --swa-start or --ema-decay, not both"),
             (self.sam_rho is None or self.sam != "none", "--sam-rho needs --sam sam or --sam asam"),
             (self.sam_start is None or self.sam != "none", "--sam-start needs --sam sam or --sam asam"),
+            (self.init_from != "", "--init-from takes the path of a checkpoint"),
             (self.teacher is None or all(self.teacher or [""]), "--teacher takes paths of checkpoints"),
             (
                 self.teacher is not None or not (self.distill_standardize or self.distill_weight),
@@ -485,7 +491,7 @@ def check_resume_flags(given: dict[str, Any], recipe: Recipe) -> None:
         if value != stored and name != "precision":
             raise UsageError(
                 f"{flag_of(name)} {_as_text(value)} contradicts the checkpoint's {_as_text(stored)}: "
-                "leave it out to resume, or start a new run without --resume"
+                "leave it out to resume, or start from these weights with --init-from instead of --resume"
             )
 
 

@@ -56,6 +56,7 @@ VALUES = {
     "sam": (["sam", "asam"], ["SAM", ""]),
     "sam_rho": ([1e-6, 100], [0.0, 101, NAN]),
     "sam_start": ([1, 20], [0, -1, 21]),
+    "init_from": (["output/base_best.pth"], [""]),
     "teacher": ([("output/teacher_best.pth",), ("a.pth", "b.pth")], [("",), ("a.pth", ""), ()]),
     "distill_alpha": ([0, 1], [-0.1, 1.1, NAN]),
     "distill_weight": ([0, 1000], [-0.1, 1001, NAN]),
