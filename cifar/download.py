@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from core.cli import progress_bar
+from core.cli import LOG, progress_bar
 from core.errors import RunError, printable
 from core.files import atomic_write
 
@@ -65,6 +65,7 @@ def fetch(sources: Sequence[str], destination: str | Path, *, md5: str, size: in
         speeds: dict[str, float] = {}
         for source in remaining:
             bytes_before, began = _size_of(download.part), time.monotonic()
+            LOG.info(f"Trying {_label(source)} (given up after {CONNECT_S:g} s without an answer)")
             try:
                 download.from_source(source, min_speed)
             except _SourceFailed as failure:

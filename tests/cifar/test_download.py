@@ -17,6 +17,7 @@ import pytest
 
 from cifar import download
 from cifar.download import DownloadFailed, extract, fetch
+from core.cli import LOG
 from core.errors import RunError
 from helpers import REPOSITORY
 from helpers.rude_server import BAD, GOOD, MD5, Handler
@@ -191,12 +192,15 @@ def test_local_archive_by_path_and_url(get, server, tmp_path, content):
     assert copy.read_bytes() == content and server.asked == []
 
 
-def test_secrets_in_a_url_are_not_shown(get, server, caplog):
+def test_secrets_in_a_url_are_not_shown(get, server, caplog, monkeypatch):
+    monkeypatch.setattr(LOG, "propagate", True)  # to caplog
+    caplog.set_level("INFO", LOG.name)
     address = server.url.removeprefix("http://")
     secret = f"http://me:hunter2@{address}/missing/x?signature=s3cret"
     with pytest.raises(DownloadFailed) as failure:
         get(secret)
     assert get(secret, "good") == GOOD
+    assert f"Trying http://{address}/missing/x (given up after 8 s without an answer)" in caplog.text
     for shown in (caplog.text, str(failure.value)):
         assert f"http://{address}/missing/x: " in shown
         assert "hunter2" not in shown and "s3cret" not in shown
