@@ -17,7 +17,7 @@ import numpy as np
 
 from cifar import dataset
 from cifar.augment import AUGMENTATIONS, OPERATIONS, train_transform
-from cifar.dataset import NUM_CLASSES, DatasetUnavailable, ImageData, balanced_subset, load_dataset
+from cifar.dataset import NUM_CLASSES, DatasetUnavailable, ImageData, Split, balanced_subset, load_dataset
 from cifar.fast_transforms import A, Pipeline
 from core.cli import LOG, Parser, add_data_dir, run_main, start_log
 from core.errors import UsageError
@@ -229,6 +229,39 @@ def stack_pairs(upper: np.ndarray, lower: np.ndarray, count: int) -> np.ndarray:
     stacked = np.full((count, 2 * height + 2, width, 3), 255, dtype=np.uint8)
     stacked[:size, :height], stacked[:size, height + 2 :] = upper, lower
     return stacked
+
+
+def pair_caption(name: str, other: str) -> str:
+    """One name where two are equal, else both, the first one above."""
+    return name if name == other else f"{name}\n/ {other}"
+
+
+def pair_rows(
+    chosen: Sequence[np.ndarray],
+    upper: Split,
+    lower: Split,
+    partner: np.ndarray,
+    names: Sequence[str],
+    count: int,
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Rows of at most `count` images of `upper` above their partners in `lower`, and a caption for each.
+
+    Args:
+        chosen: the indices of the images, int64 [<= count] for each of R rows.
+        partner: the index of each image's partner, int64 [N].
+        names: those of the labels.
+
+    Returns:
+        uint8 [R, count, 2 * H + 2, W, 3], and R lists of `count` captions, "" where there is no image.
+    """
+    tiles, captions = [], []
+    for above in chosen:
+        below = partner[above]
+        tiles.append(stack_pairs(upper.images[above], lower.images[below], count))
+        labels = zip(upper.labels[above], lower.labels[below], strict=True)
+        texts = [pair_caption(names[a], names[b]) for a, b in labels]
+        captions.append(texts + [""] * (count - len(texts)))
+    return np.stack(tiles), captions
 
 
 def class_distances(means: np.ndarray) -> np.ndarray:

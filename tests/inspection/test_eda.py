@@ -174,6 +174,15 @@ def test_pairs_are_stacked_and_filled_up_with_white() -> None:
     assert (pairs[2] == 255).all() and (pairs[:, 32:34] == 255).all()
 
 
+def test_rows_of_pairs_have_the_partner_below_and_name_both_labels_where_they_differ() -> None:
+    upper, lower = Split(noise(3), np.array([0, 1, 2])), Split(noise(2, seed=1), np.array([1, 2]))
+    chosen, partner = [np.array([1, 0]), np.array([2])], np.array([0, 0, 1])
+    tiles, captions = eda.pair_rows(chosen, upper, lower, partner, ("a", "b", "c"), 2)
+    np.testing.assert_array_equal(tiles[0], eda.stack_pairs(upper.images[[1, 0]], lower.images[[0, 0]], 2))
+    np.testing.assert_array_equal(tiles[1], eda.stack_pairs(upper.images[[2]], lower.images[[1]], 2))
+    assert captions == [["b", "a\n/ b"], ["c", ""]]
+
+
 def test_most_alike_means_and_the_nearest_mean() -> None:
     means = np.stack([np.full((32, 32, 3), level, float) for level in (0, 100, 110, 250)])
     distances = eda.class_distances(means)
