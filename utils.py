@@ -378,12 +378,14 @@ def find_lr(
         """The loader's batches, counted by a bar like the project's others, with loss and rate."""
 
         def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+            times.append(time.monotonic())
             if rates := finder.history["lr"]:
                 loss = finder.history["loss"][-1]
                 bar.set_postfix_str(f"loss {loss:.3f}, lr {rates[-1]:.2g}", refresh=False)
             bar.update()
             return super().__next__()
 
+    times: list[float] = []  # when each batch was asked for
     twin = _FromPixels(copy.deepcopy(model), precision)
     use_fp32_weight_gradients(twin, precision)
     device = next(twin.parameters()).device
@@ -402,14 +404,13 @@ def find_lr(
         }
         finder = LRFinder(twin, build_optimizer(twin), criterion, device=device, **scaling)
         # smoothed afterwards, without the lag of a running mean
-        started = time.monotonic()
         finder.range_test(Batches(loader), start_lr=start_lr, end_lr=end_lr, num_iter=iterations, smooth_f=0)
-        seconds = time.monotonic() - started
     rates = [float(rate) for rate in finder.history["lr"]]
     losses = [float(loss) for loss in finder.history["loss"]]
     suggested, method = suggest_lr(rates, losses)
-    images = len(losses) * loader.batch_sampler.global_size(0)
-    return LRFinderResult(rates, losses, smooth(losses).tolist(), suggested, method, seconds / images)
+    warm = times[len(times) // 4 :]  # the first steps load kernels, and on a GPU choose among them
+    seconds = (warm[-1] - warm[0]) / max(1, len(warm) - 1) / loader.batch_sampler.global_size(0)
+    return LRFinderResult(rates, losses, smooth(losses).tolist(), suggested, method, seconds)
 
 
 @contextlib.contextmanager
