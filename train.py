@@ -497,11 +497,10 @@ def log_header(
     cpu = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     LOG.info(f"Device:   {device_name(device)}, {precision_name(recipe.precision, device)}{cpu}")
     LOG.info(f"Network:  {recipe.model}, {count_parameters(model):,} parameters")
-    LOG.info(f"Data:     {recipe.data_note} ({images[0]:,} training, {images[1]:,} test images)")
-    LOG.info(
-        f"Recipe:   SGD, batch {recipe.batch_size}, weight decay {recipe.weight_decay:g}, "
-        f"{recipe.scheduler}, {recipe.augment} augmentation, seed {recipe.seed}"
-    )
+    LOG.info(f"Data:     {recipe.data_note}")
+    LOG.info(f"          {images[0]:,} training, {images[1]:,} test images")
+    LOG.info(f"Recipe:   SGD, batch {recipe.batch_size}, weight decay {recipe.weight_decay:g}")
+    LOG.info(f"          {recipe.scheduler}, {recipe.augment} augmentation, seed {recipe.seed}")
     for note in recipe.non_default_notes:
         LOG.info(f"          {note}")
     LOG.info(f"Output:   {files.path('_*')}")

@@ -291,13 +291,13 @@ class LRFinderResult:
 
     @property
     def summary(self) -> str:
-        """One line: the suggestion, how it was found, and the range of losses."""
+        """The suggestion and how it was found; on a second line the smoothed losses and the rates."""
         curve = self.smoothed
         lowest = min(filter(math.isfinite, curve), default=math.nan)
         return (
-            f"LR finder: suggested LR {self.suggested_lr:.2e} ({self.method}); loss {curve[0]:.2f} -> "
-            f"{lowest:.2f} (lowest) -> {curve[-1]:.2f} (last), smoothed, over learning rates "
-            f"{self.learning_rates[0]:.0e} to {self.learning_rates[-1]:.2g}"
+            f"LR finder: suggested LR {self.suggested_lr:.2e} ({self.method})\n"
+            f"           loss {curve[0]:.2f} -> {lowest:.2f} (lowest) -> {curve[-1]:.2f} (last) "
+            f"over learning rates {self.learning_rates[0]:.0e} to {self.learning_rates[-1]:.2g}"
         )
 
 
