@@ -34,8 +34,9 @@ FORMAT_VERSION = 1
 COMMENT = b"sha256:"
 COMMENT_LENGTH = len(COMMENT) + 64
 MAX_BYTES = 4 << 30
-# The weights that the repository carries, used where output/ holds no run.
-CARRIED_WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "resnet56_cifar100.pth"
+# The networks that the repository carries, used where output/ holds no run.
+CARRIED_FOLDER = Path(__file__).resolve().parent.parent / "weights"
+CARRIED_WEIGHTS = CARRIED_FOLDER / "resnet56_cifar100.pth"
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any], keep: str | Path | None = None) -> None:
@@ -294,22 +295,23 @@ def _load_foreign(path: Path, device: torch.device | str, recipe: Recipe) -> Loa
 def find_weights(output_dir: str | Path = "output") -> Path:
     """The weights to use where none are named.
 
-    The best run on CIFAR-100 in `output_dir` that used all images, else CARRIED_WEIGHTS, else the best run
-    on a subset of the images.
+    The best run on CIFAR-100 in `output_dir` that used all images, else the best of CARRIED_FOLDER, else the
+    best run on a subset of the images.
 
     Raises:
         UsageError: there are none of these.
     """
-    found = [(1, 0.0, CARRIED_WEIGHTS)] if CARRIED_WEIGHTS.exists() else []
-    for path in sorted(Path(output_dir).glob("*_best.pth")):
+    found = []
+    for path in sorted([*CARRIED_FOLDER.glob("*.pth"), *Path(output_dir).glob("*_best.pth")]):
         try:
             state = load_checkpoint(path)
             recipe, accuracy = Recipe.from_dict(state["recipe"]), float(state["accuracy_percent"])
         except (RunError, KeyError, TypeError, ValueError, AttributeError):
             continue  # a damaged or foreign file
         if recipe.dataset == "cifar100":
-            all_images = recipe.limit_train is None and recipe.limit_test is None
-            found.append((2 if all_images else 0, accuracy, path))
+            is_whole = recipe.limit_train is None and recipe.limit_test is None
+            rank = 1 if path.parent == CARRIED_FOLDER else 2 if is_whole else 0
+            found.append((rank, accuracy, path))
     if not found:
         raise UsageError(f"no trained weights in {output_dir}: train first, or pass --weights FILE")
     return max(found)[-1]

@@ -445,8 +445,9 @@ def put_best(folder: Path, name: str, accuracy: float, **choices: object) -> Pat
 
 
 def test_weights_are_found_in_the_documented_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    carried = tmp_path / "carried.pth"
-    monkeypatch.setattr(checkpoint, "CARRIED_WEIGHTS", carried)
+    folder = tmp_path / "carried"
+    folder.mkdir()
+    monkeypatch.setattr(checkpoint, "CARRIED_FOLDER", folder)
     put_best(tmp_path, "drawn", 99.0, dataset="synthetic")  # never used unasked
     (tmp_path / "broken_best.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(UsageError, match="train first, or pass --weights"):
@@ -454,8 +455,8 @@ def test_weights_are_found_in_the_documented_order(tmp_path: Path, monkeypatch: 
     put_best(tmp_path, "lucky", 90.0, limit_test=100)
     subset = put_best(tmp_path, "easy", 95.0, limit_train=1000)
     assert find_weights(tmp_path) == subset
-    carried.touch()
-    assert find_weights(tmp_path) == carried
+    carried = [put_best(folder, name, accuracy) for name, accuracy in (("a", 20.0), ("b", 40.0), ("c", 30.0))]
+    assert find_weights(tmp_path) == carried[1]
     put_best(tmp_path, "good", 60.0)
     best = put_best(tmp_path, "better", 70.0)
     assert find_weights(tmp_path) == best
