@@ -26,23 +26,23 @@ def _entrypoint(name: str):
         """The network, from normalised float32 [N, 3, 32, 32] to logits [N, num_classes].
 
         Normalised: (level / 255 - mean) / std by channel, with the means 0.5071, 0.4867, 0.4408 and the
-        standard deviations 0.2675, 0.2565, 0.2761. With `pretrained` True or "cifar100" it has the weights
-        trained on CIFAR-100, is in evaluation mode, and `classes` holds the names of the labels; else it is
-        untrained, in training mode. `options` are num_classes (default 100) and those of model.build_model.
+        standard deviations 0.2675, 0.2565, 0.2761. With `pretrained` True or "cifar100" it has the best
+        weights for CIFAR-100 of this network, with "reference" those of the reference's recipe; it is then
+        in evaluation mode, and `classes` holds the names of the labels. Else it is untrained.
+        `options` are num_classes (default 100) and those of model.build_model.
 
         Raises:
             ValueError: `pretrained` or an option is not known, or there are no weights for this network.
         """
-        if pretrained not in (False, True, "cifar100"):
-            raise ValueError(f'pretrained must be True, False or "cifar100", not {pretrained!r}')
+        if pretrained not in (False, True, "cifar100", "reference"):
+            raise ValueError(f'pretrained must be True, False, "cifar100" or "reference", not {pretrained!r}')
         network = _model.build_model(name, **options)
         if not pretrained:
             return network
-        path = _FOLDER / "weights" / f"{name}_cifar100.pth"
+        path = _FOLDER / "weights" / f"{name}_{'cifar100' if pretrained is True else pretrained}.pth"
         if not path.is_file():
-            known = sorted(p.stem.removesuffix("_cifar100") for p in path.parent.glob("*.pth"))
-            known = ", ".join(known or ["none"])
-            raise ValueError(f"no pretrained weights for {name} in {path.parent} (there are: {known})")
+            known = ", ".join(sorted(found.name for found in path.parent.glob("*.pth"))) or "no weights"
+            raise ValueError(f"no {path.name} in {path.parent} (there are: {known})")
         state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state["model"])
         network.classes = tuple(state["classes"])

@@ -57,12 +57,16 @@ def test_pretrained_weights_are_those_of_the_folder(folder: Path, pretrained: bo
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet20", {"pretrained": "cifar10"}, "must be True, False or \"cifar100\", not 'cifar10'"),
-        ("resnet20", {"pretrained": None}, 'must be True, False or "cifar100", not None'),
+        (
+            "resnet20",
+            {"pretrained": "cifar10"},
+            'must be True, False, "cifar100" or "reference", not \'cifar10\'',
+        ),
+        ("resnet20", {"pretrained": None}, 'must be True, False, "cifar100" or "reference", not None'),
         (
             "resnet56",
             {"pretrained": True},
-            r"no pretrained weights for resnet56 in .* \(there are: resnet20\)",
+            r"no resnet56_cifar100\.pth in .* \(there are: resnet20_cifar100\.pth\)",
         ),
         ("resnet20", {"widen": 2}, "resnet20 does not take the option widen"),
         ("resnet20", {"pretrained": True, "num_classes": 10}, r"size mismatch for fc\.weight"),

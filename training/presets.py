@@ -6,20 +6,19 @@ from core.cli import Parser
 from core.errors import UsageError
 from training.recipe import ANSWERS, DATA, RECIPE, TECHNIQUES, Recipe, add_recipe_flags, given_flags
 
-# What each preset aims at, and its flags. No accuracy is given, since none of them has been measured at its
-# full length yet.
+# What each preset aims at, with the test accuracy after the last epoch of its run in docs/runs; its flags.
 PRESETS = {
-    "reference": ("the reference's recipe, which the defaults are", ""),
+    "reference": ("the reference's recipe, which the defaults are: 74.1 % in 100 epochs", ""),
     # 20 epochs leave no time to overfit: augmentation is light, and the rate is high and falls to nothing
     "fast": (
-        "as much as 20 epochs can give",
+        "as much as 20 epochs can give: 67.6 %, or 71.3 % with the teacher of best",
         """
       --epochs 20 --scheduler onecycle --max-lr 0.2 --augment standard
       --image-sizes 24 32 --no-decay-bn""",
     ),
     # wide layers learn much faster than ResNet-56, and overfit in 20 epochs without mixing
     "teacher": (
-        "WideResNet-16-4, to be given to --teacher; 2.2 times the work of ResNet-56 per step",
+        "WideResNet-16-4, to be given to --teacher: 76.8 %; 2.2 times the work of ResNet-56 per step",
         """
       --model wrn_16_4 --epochs 40 --scheduler onecycle --max-lr 0.2
       --augment standard --mix cutmix --mix-probability 0.5
@@ -28,7 +27,7 @@ PRESETS = {
     # a long schedule, a teacher that is better than itself, and SAM once the rate is low, where it gains
     # nearly all that it gains in a whole run
     "best": (
-        "ResNet-56 at its best, taught by the WideResNet of weights/",
+        "ResNet-56 at its best, taught by the WideResNet in weights/: 75.8 %",
         """
       --epochs 100 --scheduler cosine --lr 0.1 --warmup-epochs 5 --no-decay-bn
       --teacher weights/wrn_16_4_cifar100.pth --distill-standardize
@@ -36,7 +35,7 @@ PRESETS = {
     ),
     # 42 times the parameters of ResNet-56, so it needs the strongest regularization
     "wide": (
-        "WideResNet-28-10; about 40 times the work of ResNet-56 per step",
+        "WideResNet-28-10, for a GPU: not measured; about 40 times the work of ResNet-56 per step",
         """
       --model wrn_28_10 --epochs 200 --scheduler cosine --lr 0.1
       --warmup-epochs 5 --augment autoaugment --mix both --mix-probability 1.0
@@ -85,5 +84,5 @@ def apply_preset(args: argparse.Namespace) -> argparse.Namespace:
 
 def presets_table() -> str:
     """The presets as --help prints them."""
-    lines = ["recipes (--recipe NAME; a flag beside it overrides it; accuracies are not yet measured):"]
+    lines = ["recipes (--recipe NAME; a flag beside it overrides it):"]
     return "\n".join(lines + [f"  {name}: {goal}{flags}" for name, (goal, flags) in PRESETS.items()])

@@ -86,16 +86,29 @@ class Settings:
         return shell_command([*launcher, script, "--resume", str(state), *self.repeated_flags])
 
 
+DESCRIPTION = """\
+Train ResNet-56 (or a relative) on CIFAR-100. Without flags, it asks three questions.
+
+  python train.py --yes --epochs 100        asks nothing
+  python train.py --recipe fast             one of the recipes listed at the end
+  python train.py --lr 0.1                  sets the learning rate: no LR finder
+  python train.py --model resnet20          another network
+  python train.py --limit-train 5000        on a part of the images
+  python train.py --name trial              names the files in output/
+  python train.py --resume                  goes on with an interrupted run"""
+
+
 def build_parser() -> Parser:
     """The parser of train.py. A flag that is not given is None: then a question, or the default, decides."""
     parser = Parser(
         prog="train.py",
-        description="Train ResNet-56 (or a relative) on CIFAR-100. Without flags, it asks three questions.",
-        epilog=f"{presets_table()}\n\nexample: python train.py --yes --epochs 100 --name my_run",
+        usage="python train.py [flags]",
+        description=DESCRIPTION,
+        epilog=presets_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    groups = {title: parser.add_argument_group(title) for title in (ANSWERS, DATA, RECIPE, TECHNIQUES, "run")}
+    groups = {title: parser.add_argument_group(title) for title in (ANSWERS, RECIPE, DATA, "run", TECHNIQUES)}
     flag = groups[ANSWERS].add_argument
     flag("--yes", action="store_true", help="ask nothing, take the defaults")
     flag("--lr-finder", action=argparse.BooleanOptionalAction, help="run the LR finder (default: asked; y)")
