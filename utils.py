@@ -45,7 +45,7 @@ MIN_FALL = 0.02
 SLOPE_WIDTH = 3 / 40
 LR_BOUNDS = (0.01, 0.3)
 # Batch noise decides where in a flat valley the minimum lies. So the valley is taken to extend as far as the
-# smoothed loss stays within this fraction of its fall, and the fallback uses the valley's far end.
+# smoothed loss stays within this fraction of its fall, and the rule uses the valley's far end.
 VALLEY = 0.05
 DEFAULT_LR = 0.1
 MAX_PREFETCH = 4  # batches that each worker prepares ahead
@@ -297,7 +297,7 @@ class LRFinderResult:
         return (
             f"LR finder: suggested LR {self.suggested_lr:.2e} ({self.method})\n"
             f"           loss {curve[0]:.2f} -> {lowest:.2f} (lowest) -> {curve[-1]:.2f} (last) "
-            f"over learning rates {self.learning_rates[0]:.0e} to {self.learning_rates[-1]:.2g}"
+            f"for rates {self.learning_rates[0]:.0e} to {self.learning_rates[-1]:.2g}"
         )
 
 
@@ -313,9 +313,10 @@ def smooth(losses: Sequence[float], width: float = 1 / 40) -> np.ndarray:
 def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
     """The learning rate that a range test suggests, and the method that found it.
 
-    The steepest descent of the smoothed loss over the logarithm of the rate; if that lies outside LR_BOUNDS,
-    a tenth of the highest rate at which the loss is nearly minimal (VALLEY); if that does too, or the loss is
-    not finite or never fell by MIN_FALL, DEFAULT_LR, with the reason as the method.
+    There are two rules of thumb: the steepest descent of the smoothed loss over the logarithm of the rate,
+    and a tenth of the highest rate at which the loss is nearly minimal (VALLEY). Their geometric mean is
+    suggested or, if one lies outside LR_BOUNDS, the other alone; if both do, or the loss is not finite or
+    never fell by MIN_FALL, DEFAULT_LR, with the reason as the method.
     """
     finite = np.isfinite(losses)
     count = len(losses) if finite.all() else int(np.argmin(finite))
@@ -325,17 +326,20 @@ def suggest_lr(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, 
     lowest = int(np.argmin(curve))
     if curve[0] - curve[lowest] < MIN_FALL * abs(curve[0]):
         return DEFAULT_LR, "the default: the loss never fell"
-    low, high = LR_BOUNDS
     wide = smooth(losses[:count], width=SLOPE_WIDTH)
     slope = np.gradient(wide[: lowest + 1], np.log10(rates[: lowest + 1]))
-    steepest = float(rates[int(np.argmin(slope))])
-    if low <= steepest <= high:
-        return steepest, "steepest descent of the smoothed loss"
     deep = curve[lowest] + VALLEY * (curve[0] - curve[lowest])
-    fallback = float(rates[int(np.flatnonzero(curve <= deep)[-1])]) / 10
-    if low <= fallback <= high:
-        return fallback, "fallback: highest rate at the lowest loss / 10"
-    return DEFAULT_LR, f"the default: {steepest:.1e} and {fallback:.1e} lie outside {low:g} to {high:g}"
+    found = {
+        "steepest descent": float(rates[int(np.argmin(slope))]),
+        "minimum / 10": float(rates[int(np.flatnonzero(curve <= deep)[-1])]) / 10,
+    }
+    low, high = LR_BOUNDS
+    within = {rule: rate for rule, rate in found.items() if low <= rate <= high}
+    if not within:
+        rates_text = " and ".join(f"{rate:.1e}" for rate in found.values())
+        return DEFAULT_LR, f"the default: {rates_text} lie outside {low:g} to {high:g}"
+    mean = math.exp(sum(map(math.log, within.values())) / len(within))
+    return mean, "mean of " * (len(within) > 1) + " and ".join(within)
 
 
 class _FromPixels(nn.Module):

@@ -151,9 +151,7 @@ def test_the_history_holds_what_the_lines_say_and_each_epochs_rate(finished: Fin
 
 
 def test_the_suggested_rate_is_used_and_its_plot_named(finished: Finished) -> None:
-    suggested = re.search(
-        r"LR finder: suggested LR (\S+) \(.+\)\n +loss .+ over learning rates", finished.out
-    )
+    suggested = re.search(r"LR finder: suggested LR (\S+) \(.+\)\n +loss .+ for rates", finished.out)
     assert suggested and f"{load(finished.path('_best.pth'))['recipe']['lr']:.2e}" == suggested[1]
     assert f"LR finder plot: {finished.path('_lr_finder.png')}" in finished.out
 
