@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from core.cli import LOG, Parser, add_processor, add_weights, progress_bar, run_main, start_log, whole_number
 from core.errors import RunError, UsageError, printable
-from core.machine import autocast, choose_device, set_up_torch, usable_cores
+from core.machine import autocast, choose_device, report_out_of_memory, set_up_torch, usable_cores
 from inspection.evaluation_plots import prediction_figure
 from inspection.images import OTHER_EXTENSIONS, image_formats, read_image
 from inspection.inference import VIEWS, mean_probabilities, shifted
@@ -294,10 +294,9 @@ def classify(
     With `tta`, the probabilities are averaged over views of each image, as those of `evaluate.py --tta` are.
 
     Raises:
-        RunError: a logit is NaN or infinite: the weights are corrupt.
+        RunError: a logit is NaN or infinite: the weights are corrupt; or out of memory.
     """
     device = next(trained.model.parameters()).device
-    batch = normalize(torch.from_numpy(images).to(device))
 
     def logits_of(batch: torch.Tensor) -> torch.Tensor:
         with autocast(device, precision):
@@ -306,10 +305,12 @@ def classify(
             raise RunError(f"{trained.path} gives NaN or infinite logits: its weights are corrupt")
         return logits
 
-    if tta:
-        mean = mean_probabilities(logits_of(shifted(batch, *view)) for view in VIEWS).float()
-    else:
-        mean = logits_of(batch).softmax(1)
+    with report_out_of_memory("pass a smaller --batch-size"):
+        batch = normalize(torch.from_numpy(images).to(device))
+        if tta:
+            mean = mean_probabilities(logits_of(shifted(batch, *view)) for view in VIEWS).float()
+        else:
+            mean = logits_of(batch).softmax(1)
     # on the CPU: the sort there is stable, and topk is not
     probabilities, labels = mean.sort(dim=1, descending=True, stable=True)
     return labels[:, :topk], probabilities[:, :topk]

@@ -122,7 +122,7 @@ def test_the_networks_are_listed_with_parameters_and_macs() -> None:
     assert "| wrn_28_10 | 36,536,884 | 5,243,386,368 |" in table
 
 
-@pytest.mark.parametrize(("number", "folder"), enumerate(("ablation", "bf16")))
+@pytest.mark.parametrize(("number", "folder"), [(0, "ablation"), (1, "bf16")])
 def test_the_ablation_page_is_what_its_commands_make_of_the_histories(number: int, folder: str) -> None:
     page = (DOCS / "ablation.md").read_text("utf-8")
     block = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[number]

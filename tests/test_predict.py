@@ -1,5 +1,6 @@
 """predict.py: which files are found and how they are read; the logits of testing; output; bounded memory."""
 
+import copy
 import dataclasses
 import io
 import itertools
@@ -144,6 +145,16 @@ def test_ties_come_in_the_order_of_labels_and_corrupt_weights_are_an_error(train
 
 
 # --- what comes out -------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_one_line(trained: LoadedModel, few_images: np.ndarray) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nsecond line")
+
+    trained = dataclasses.replace(trained, model=copy.deepcopy(trained.model))
+    trained.model.forward = fail
+    with pytest.raises(RunError, match=r"^out of memory: pass a smaller --batch-size$"):
+        predict.classify(trained, few_images, 5, "fp32")
 
 
 def test_table_names_class_and_superclass_by_the_best_run(tmp_path, weights, paths, capsys) -> None:

@@ -316,6 +316,7 @@ class Run:
         Raises:
             RunError: the state does not fit this network, or cannot be written.
         """
+        self.interrupts.busy = True  # from here on a signal stops the run after a batch, with the state saved
         epochs = f"{self.recipe.epochs} epoch{'' if self.recipe.epochs == 1 else 's'}"
         LOG.info(f"Training: {epochs}, {self.recipe.schedule_note}")
         if saved is None:
@@ -337,7 +338,6 @@ class Run:
         Raises:
             Interrupted: after the last epoch, where the run was asked to stop.
         """
-        self.interrupts.busy = True  # from here on there is a state to save
         while self.epoch <= self.recipe.epochs:
             self.begin_epoch()
             yield self.epoch

@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -200,7 +201,8 @@ def test_secrets_in_a_url_are_not_shown(get, server, caplog, monkeypatch):
     with pytest.raises(DownloadFailed) as failure:
         get(secret)
     assert get(secret, "good") == GOOD
-    assert f"Trying http://{address}/missing/x (given up after 8 s without an answer)" in caplog.text
+    trying = rf"Trying http://{address}/missing/x \(given up after \d+ s without an answer\)"
+    assert re.search(trying, caplog.text)
     for shown in (caplog.text, str(failure.value)):
         assert f"http://{address}/missing/x: " in shown
         assert "hunter2" not in shown and "s3cret" not in shown

@@ -351,7 +351,8 @@ def test_resuming_a_finished_run_touches_nothing(driver: Driver, whole: dict, co
     assert finished(driver, ["--resume", last(copy)], copy) == whole
     before = contents(copy)
     code, output = driver.run(["--resume", last(copy)], copy.parent / "out")
-    assert code == 0 and "is finished" in output and output.count("\n") == 1, output
+    assert code == 0 and output.count("\n") == 2, output
+    assert "is finished" in output and "python train.py --init-from" in output
     assert contents(copy) == before
     # without its results it is not finished: they are written now
     (copy / "CNN_Model_training_results.pth").unlink()
