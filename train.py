@@ -134,7 +134,7 @@ def train(
         # early: a missing file must cost nothing
         teachers = load_teachers(recipe, data, device, files)
         if recipe.init_from is not None and saved is None:
-            initial = load_model(here_or_carried(recipe.init_from), model_name=recipe.model)
+            initial = load_model(here_or_in_repository(recipe.init_from), model_name=recipe.model)
             model.load_state_dict(initial.model.state_dict())
         train_loader = make_train_loader(
             train_split,
@@ -438,17 +438,17 @@ def load_teachers(recipe: Recipe, data: ImageData, device: torch.device, files: 
     for path in recipe.teacher or ():
         if Path(path).resolve() in [written.resolve() for written in files.checkpoints]:
             raise UsageError(f"--teacher {path} would be replaced by this run: pass another --name")
-        teacher = load_model(here_or_carried(path), device)
+        teacher = load_model(here_or_in_repository(path), device)
         if teacher.classes != tuple(data.classes):
             raise RunError(f"--teacher {path} was trained on other classes than {data.name} has")
         teachers.append(teacher.model)
     return teachers
 
 
-def here_or_carried(path: str) -> Path:
+def here_or_in_repository(path: str) -> Path:
     """`path`, relative to the current folder or else, for weights/, to the repository."""
-    here, carried = Path(path), REPOSITORY / path
-    return carried if carried.exists() and not here.exists() else here
+    here, included = Path(path), REPOSITORY / path
+    return included if included.exists() and not here.exists() else here
 
 
 def choose_compile_size(

@@ -227,7 +227,7 @@ def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, flags, 
 def test_weights_of_unknown_training_are_evaluated_and_nothing_is_said_of_it(
     evaluated, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(checkpoint, "CARRIED_WEIGHTS", evaluated.run.files.best)  # names the classes
+    monkeypatch.setattr(checkpoint, "PRETRAINED_WEIGHTS", evaluated.run.files.best)  # names the classes
     torch.save(evaluated.run.model.state_dict(), tmp_path / "mine.pth")
     flags = [*evaluated.flags, "--weights", str(tmp_path / "mine.pth"), "--output-dir", str(tmp_path)]
     flags += ["--limit-test", "100"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# A file imports files of its own room or of rooms before it in this order; scripts import no other script.
+# A file imports files of its own package or of earlier ones in this order; scripts import no other script.
 RANKS = ("core", "model", "cifar", "utils", "training", "inspection", "scripts")
 FILES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
@@ -19,7 +19,7 @@ FILES = {
 }
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     """The entry of RANKS that `module` belongs to."""
     name = module.split(".")[0]
     return name if name in RANKS else "scripts"
@@ -39,10 +39,10 @@ def project_imports(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_imports_point_down(module: str) -> None:
-    rank = RANKS.index(room(module))
+    rank = RANKS.index(package(module))
     for name in project_imports(module):
-        own_room = "." in module and room(name) == room(module)
-        assert own_room or RANKS.index(room(name)) < rank, f"{module} imports {name}"
+        own_package = "." in module and package(name) == package(module)
+        assert own_package or RANKS.index(package(name)) < rank, f"{module} imports {name}"
 
 
 def test_torch_alone_is_enough_for_the_networks() -> None:

@@ -52,12 +52,12 @@ def test_links_and_names_lead_to_files(page: str) -> None:
 
 def test_the_layout_shows_every_module() -> None:
     picture = README.split("## Layout")[1].split("```")[1]
-    shown, room = set(), ""
+    shown, package = set(), ""
     for indent, name in re.findall(r"^( *)(\S+)", picture, re.MULTILINE):
         if name.endswith("/"):
-            room = name
+            package = name
         else:
-            shown.add(room + name if indent else name)
+            shown.add(package + name if indent else name)
     folders = (".", "core", "cifar", "training", "inspection")
     found = [path for folder in folders for path in (REPOSITORY / folder).glob("[!_]*.py")]
     assert shown == {path.relative_to(REPOSITORY).as_posix() for path in found}

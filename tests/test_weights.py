@@ -1,4 +1,4 @@
-"""The carried networks: weights, histories, recipes, metrics and the README's table belong together."""
+"""The trained networks: weights, histories, recipes, metrics and the README's table belong together."""
 
 import csv
 import hashlib
@@ -13,7 +13,7 @@ from cifar.dataset import balanced_subset, load_dataset
 from evaluate import SAME_WITHIN
 from helpers import REPOSITORY
 from model import build_model, count_macs, count_parameters
-from training.checkpoint import CARRIED_WEIGHTS, load_checkpoint, load_model
+from training.checkpoint import PRETRAINED_WEIGHTS, load_checkpoint, load_model
 from training.engine import evaluate
 from training.presets import PRESETS as PRESET_TEXTS
 from training.presets import preset_values
@@ -32,14 +32,14 @@ ROW = re.compile(
     re.MULTILINE,
 )
 ROWS = {row[0]: row[1:] for row in ROW.findall(README)}
-CARRIED = {folder: WEIGHTS / row[-1] for folder, row in ROWS.items() if row[-1] != "—"}
+PRETRAINED = {folder: WEIGHTS / row[-1] for folder, row in ROWS.items() if row[-1] != "—"}
 # what was given beside --recipe NAME, by the run's folder
 PRESETS = {
     "resnet56_best": ("best", {}),
     "wrn_16_4": ("teacher", {}),
     "resnet56_reference": ("reference", {"epochs": 100, "seed": 1}),
     "resnet56_fast": ("fast", {}),
-    "resnet56_fast_taught": (
+    "resnet56_fast_distilled": (
         "fast",
         {name: preset_values("best")[name] for name in preset_values("best") if name.startswith("distill")}
         | {"teacher": ("weights/wrn_16_4_cifar100.pth",)},
@@ -54,14 +54,14 @@ def history(folder: str) -> list[dict[str, float]]:
 
 def test_the_table_shows_every_run_and_every_file() -> None:
     assert set(ROWS) == set(PRESETS) == {path.name for path in RUNS.iterdir()}
-    assert set(CARRIED.values()) == set(WEIGHTS.glob("*.pth"))
-    assert max(CARRIED, key=lambda folder: float(ROWS[folder][4])) == "wrn_16_4"
-    assert CARRIED["resnet56_best"] == CARRIED_WEIGHTS
-    assert sum(path.stat().st_size for path in CARRIED.values()) < 20e6
+    assert set(PRETRAINED.values()) == set(WEIGHTS.glob("*.pth"))
+    assert max(PRETRAINED, key=lambda folder: float(ROWS[folder][4])) == "wrn_16_4"
+    assert PRETRAINED["resnet56_best"] == PRETRAINED_WEIGHTS
+    assert sum(path.stat().st_size for path in PRETRAINED.values()) < 20e6
 
 
 def test_the_checksums_are_those_of_the_files() -> None:
-    sums = {hashlib.sha256(path.read_bytes()).hexdigest(): path.name for path in CARRIED.values()}
+    sums = {hashlib.sha256(path.read_bytes()).hexdigest(): path.name for path in PRETRAINED.values()}
     lines = [line.split("  ") for line in (WEIGHTS / "SHA256SUMS").read_text("utf-8").splitlines()]
     assert {digest: name for digest, name in lines} == sums
 
@@ -94,10 +94,10 @@ def test_the_help_gives_the_accuracy(folder: str) -> None:
     assert f" {history(folder)[-1]['test_acc_percent']:.1f} %" in goal
 
 
-@pytest.mark.parametrize("folder", CARRIED)
+@pytest.mark.parametrize("folder", PRETRAINED)
 def test_weights_are_safe_and_hold_the_committed_history_and_recipe(folder: str) -> None:
-    torch.load(CARRIED[folder], weights_only=True)
-    state, table = load_checkpoint(CARRIED[folder]), history(folder)
+    torch.load(PRETRAINED[folder], weights_only=True)
+    state, table = load_checkpoint(PRETRAINED[folder]), history(folder)
     assert tuple(table[0]) == COLUMNS
     for row, written in zip(state["history"], table, strict=True):
         assert written == pytest.approx({name: row[name] for name in COLUMNS}, abs=6e-5)
@@ -107,10 +107,10 @@ def test_weights_are_safe_and_hold_the_committed_history_and_recipe(folder: str)
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("folder", CARRIED)
+@pytest.mark.parametrize("folder", PRETRAINED)
 def test_evaluation_gives_the_recorded_accuracy(real_data_dir: Path, folder: str) -> None:
     """On all images for the best network, on a tenth of them for the others."""
-    trained, test = load_model(CARRIED[folder]), load_dataset("cifar100", real_data_dir).test
+    trained, test = load_model(PRETRAINED[folder]), load_dataset("cifar100", real_data_dir).test
     split = test if folder == "resnet56_best" else balanced_subset(test, 1000, seed=0)
     # fp32, which every processor has; another precision moves a few of the 10,000 images
     measured = evaluate(trained.model, make_test_batches(split, 1000, "cpu"))
@@ -126,9 +126,9 @@ def test_evaluation_gives_the_recorded_accuracy(real_data_dir: Path, folder: str
         ("wrn_16_4", True, "wrn_16_4"),
     ],
 )
-def test_the_hub_gives_the_carried_weights(name: str, pretrained: bool | str, folder: str) -> None:
+def test_the_hub_gives_the_pretrained_weights(name: str, pretrained: bool | str, folder: str) -> None:
     network = torch.hub.load(str(REPOSITORY), name, source="local", pretrained=pretrained)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        torch.testing.assert_close(network(images), load_model(CARRIED[folder]).model(images))
+        torch.testing.assert_close(network(images), load_model(PRETRAINED[folder]).model(images))
     assert len(network.classes) == 100 and not network.training

@@ -35,8 +35,8 @@ COMMENT = b"sha256:"
 COMMENT_LENGTH = len(COMMENT) + 64
 MAX_BYTES = 4 << 30
 # The networks that the repository carries, used where output/ holds no run.
-CARRIED_FOLDER = Path(__file__).resolve().parent.parent / "weights"
-CARRIED_WEIGHTS = CARRIED_FOLDER / "resnet56_cifar100.pth"
+PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "weights"
+PRETRAINED_WEIGHTS = PRETRAINED_FOLDER / "resnet56_cifar100.pth"
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any], keep: str | Path | None = None) -> None:
@@ -284,7 +284,7 @@ def load_model(
 
 
 def _load_foreign(path: Path, device: torch.device | str, recipe: Recipe) -> LoadedModel:
-    names = load_checkpoint(CARRIED_WEIGHTS)
+    names = load_checkpoint(PRETRAINED_WEIGHTS)
     model = build_model(recipe.model, num_classes=len(names["classes"]))
     load_weights(model, _state_dict(_unpickle(path, _read(path))), path)
     model = model.eval().to(device, memory_format=torch.channels_last)
@@ -295,14 +295,14 @@ def _load_foreign(path: Path, device: torch.device | str, recipe: Recipe) -> Loa
 def find_weights(output_dir: str | Path = "output") -> Path:
     """The weights to use where none are named.
 
-    The best run on CIFAR-100 in `output_dir` that used all images, else the best of CARRIED_FOLDER, else the
-    best run on a subset of the images.
+    The best run on CIFAR-100 in `output_dir` that used all images, else the best of PRETRAINED_FOLDER, else
+    the best run on a subset of the images.
 
     Raises:
         UsageError: there are none of these.
     """
     found = []
-    for path in sorted([*CARRIED_FOLDER.glob("*.pth"), *Path(output_dir).glob("*_best.pth")]):
+    for path in sorted([*PRETRAINED_FOLDER.glob("*.pth"), *Path(output_dir).glob("*_best.pth")]):
         try:
             state = load_checkpoint(path)
             recipe, accuracy = Recipe.from_dict(state["recipe"]), float(state["accuracy_percent"])
@@ -310,7 +310,7 @@ def find_weights(output_dir: str | Path = "output") -> Path:
             continue  # a damaged or foreign file
         if recipe.dataset == "cifar100":
             is_whole = recipe.limit_train is None and recipe.limit_test is None
-            rank = 1 if path.parent == CARRIED_FOLDER else 2 if is_whole else 0
+            rank = 1 if path.parent == PRETRAINED_FOLDER else 2 if is_whole else 0
             found.append((rank, accuracy, path))
     if not found:
         raise UsageError(f"no trained weights in {output_dir}: train first, or pass --weights FILE")

@@ -27,7 +27,7 @@ PRESETS = {
     # a long schedule, a teacher that is better than itself, and SAM once the rate is low, where it gains
     # nearly all that it gains in a whole run
     "best": (
-        "ResNet-56 at its best, taught by the WideResNet in weights/: 75.8 %",
+        "ResNet-56 at its best, distilled from the WideResNet in weights/: 75.8 %",
         """
       --epochs 100 --scheduler cosine --lr 0.1 --warmup-epochs 5 --no-decay-bn
       --teacher weights/wrn_16_4_cifar100.pth --distill-standardize

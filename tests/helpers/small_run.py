@@ -82,8 +82,8 @@ def evaluate_small_run(patch: pytest.MonkeyPatch, folder: Path, data_dir: Path) 
     data = load_dataset("cifar100", data_dir)
     recipe = Recipe(model="resnet20", epochs=2, limit_test=150, test_batch_size=64, seed=3)
     run = make_run(folder, data, recipe, "small")
-    # the run is on part of the images, which the carried weights come before
-    patch.setattr(checkpoint, "CARRIED_FOLDER", folder / "none")
+    # the run is on part of the images, which the included weights come before
+    patch.setattr(checkpoint, "PRETRAINED_FOLDER", folder / "none")
     shown = []
     with pytest.MonkeyPatch.context() as spy:
         spy.setattr(evaluate, "write_report", lambda *args: shown.append(args[0]) or write_report(*args))

@@ -408,7 +408,7 @@ def test_what_keeps_a_file_from_being_read_is_told(tmp_path: Path, monkeypatch: 
     (tmp_path / "link").symlink_to("gone.png")
     assert reason(tmp_path / "link") == "a link to a file that does not exist"
     assert reason(tmp_path / "gone.png") == "no such file"
-    assert "null byte" in reason(Path("x\0y.png"))
+    assert "null" in reason(Path("x\0y.png"))
 
     def denied(path: str) -> None:
         raise PermissionError(13, "Permission denied")

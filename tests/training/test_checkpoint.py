@@ -445,9 +445,9 @@ def put_best(folder: Path, name: str, accuracy: float, **choices: object) -> Pat
 
 
 def test_weights_are_found_in_the_documented_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "carried"
+    folder = tmp_path / "weights"
     folder.mkdir()
-    monkeypatch.setattr(checkpoint, "CARRIED_FOLDER", folder)
+    monkeypatch.setattr(checkpoint, "PRETRAINED_FOLDER", folder)
     put_best(tmp_path, "drawn", 99.0, dataset="synthetic")  # never used unasked
     (tmp_path / "broken_best.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(UsageError, match="train first, or pass --weights"):
@@ -455,8 +455,10 @@ def test_weights_are_found_in_the_documented_order(tmp_path: Path, monkeypatch: 
     put_best(tmp_path, "lucky", 90.0, limit_test=100)
     subset = put_best(tmp_path, "easy", 95.0, limit_train=1000)
     assert find_weights(tmp_path) == subset
-    carried = [put_best(folder, name, accuracy) for name, accuracy in (("a", 20.0), ("b", 40.0), ("c", 30.0))]
-    assert find_weights(tmp_path) == carried[1]
+    included = [
+        put_best(folder, name, accuracy) for name, accuracy in (("a", 20.0), ("b", 40.0), ("c", 30.0))
+    ]
+    assert find_weights(tmp_path) == included[1]
     put_best(tmp_path, "good", 60.0)
     best = put_best(tmp_path, "better", 70.0)
     assert find_weights(tmp_path) == best

@@ -93,7 +93,7 @@ def test_each_recipe_trains_end_to_end(
     driver: Driver, tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
     flags = ["--recipe", name, *SMALL, "--epochs", "1", "--no-lr-finder", "--output-dir", tmp_path]
-    if name == "best":  # the carried teacher knows other classes than the tests' data set has
+    if name == "best":  # the included teacher knows other classes than the tests' data set has
         flags += ["--teacher", request.getfixturevalue("teachers")[0]]
     code, output = driver.run(flags, tmp_path / "output")
     assert code == 0, output
@@ -169,11 +169,11 @@ def test_teachers_are_learned_from_and_must_know_the_same_classes(
     driver: Driver, tmp_path: Path, teachers: list[Path]
 ) -> None:
     losses = []
-    for number, taught_by in enumerate(([], teachers[:1], teachers)):
+    for number, chosen in enumerate(([], teachers[:1], teachers)):
         flags = [*QUICK, "--epochs", "1", "--output-dir", tmp_path, "--name", f"student{number}"]
-        flags += ["--teacher", *taught_by] if taught_by else []
+        flags += ["--teacher", *chosen] if chosen else []
         code, output = driver.run(flags, tmp_path / "output")
-        assert code == 0 and all(str(path) in output for path in taught_by), output
+        assert code == 0 and all(str(path) in output for path in chosen), output
         history = load_checkpoint(tmp_path / f"student{number}_best.pth")["history"]
         losses.append(history[0]["train_loss"])
     assert len(set(losses)) == 3
