@@ -59,7 +59,8 @@ import importlib, multiprocessing, os, random, signal, sys
 random.seed(1)
 def state():
     files = {os.path.join(top, name) for top, _, names in os.walk(os.environ["HOME"])
-             if "/." not in top and "__pycache__" not in top for name in names}
+             if "/." not in top and "__pycache__" not in top for name in names
+             if not name.startswith("_remote_module")}  # which torch 2.8 writes while it is imported
     return files, random.getstate(), [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
 before = state()
 for name in sys.argv[1:]:

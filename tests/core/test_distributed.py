@@ -1,6 +1,7 @@
 """Distributed training: two gloo processes on the CPU, compared with one process."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -183,7 +184,9 @@ def on_each(folders: list[Path], started: list, flags: list[str], *launcher: str
 
 
 def outputs(folders: list[Path], name: str) -> list[str]:
-    return [(folder / f"{name}.txt").read_text() for folder in folders]
+    """The files' text, without the lines that torch 2.8 itself prints of its connections."""
+    texts = ((folder / f"{name}.txt").read_text() for folder in folders)
+    return [re.sub(r"^\[Gloo\].*\n", "", text, flags=re.MULTILINE) for text in texts]
 
 
 def test_two_machines_without_a_common_disk_train_and_resume_as_one(
@@ -283,7 +286,7 @@ def test_the_death_of_a_process_ends_the_other(tmp_path: Path, started: list) ->
     assert running_in(tmp_path) == []
     error = (tmp_path / "err0.txt").read_text()
     assert "another process of this run ended" in error and "Traceback" not in error
-    assert (tmp_path / "out1.txt").read_text() == ""
+    assert outputs([tmp_path], "out1") == [""]
     assert load(tmp_path / "output" / "tiny_synthetic_last.pth")["kind"] == "last"
     assert not (tmp_path / "output" / "tiny_synthetic.lock").exists()
 
