@@ -293,7 +293,7 @@ class ProjectSide:
 def measure(
     plain: Callable[[str], float], project: Callable[[str], float], setting: Setting
 ) -> dict[str, dict[str, Any]]:
-    """Measure every row in each round, after an unmeasured one; the summaries by row.
+    """Measure every row in each round, after one that is not counted; the summaries by row.
 
     The sides take turns, so that a slow minute of the machine affects both.
 
@@ -301,10 +301,12 @@ def measure(
         plain, project: the images/s of a method, which is called once.
     """
     rates: dict[str, list[tuple[float, float]]] = {row: [] for row in setting.rows}
-    for row in progress_bar(iterable=setting.rows * (setting.rounds + 1), desc="benchmark", unit="row"):
+    first_round = [row for row in setting.rows if row != BESIDE_BUSY_CORE]  # it has warmed up as "step"
+    rows = [*first_round, *list(setting.rows) * setting.rounds]
+    for row in progress_bar(iterable=rows, desc="benchmark", unit="row"):
         with busy_core() if row == BESIDE_BUSY_CORE else contextlib.nullcontext():
             rates[row].append((plain(ROWS[row]), project(ROWS[row])))
-    return {row: summary(pairs[1:]) for row, pairs in rates.items()}
+    return {row: summary(pairs[-setting.rounds :]) for row, pairs in rates.items()}
 
 
 def summary(rates: Sequence[tuple[float, float]]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_scripts_import_core_before_any_other_package(script: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the variable is that of GNU's OpenMP")
 @pytest.mark.parametrize(
     ("given", "spin_count"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 def test_core_sets_how_long_threads_spin_unless_the_user_does(given: dict[str, str], spin_count: str) -> None:
     own = {
