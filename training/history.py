@@ -140,10 +140,10 @@ def _reduction(what: str, first: float, last: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`seconds` in hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min {rest:02d} s" if hours else f"{minutes} min {rest:02d} s"
+    """`seconds` in minutes and seconds; from an hour on, in hours and minutes."""
+    if round(seconds) < 3600:
+        return "{} min {:02d} s".format(*divmod(round(seconds), 60))
+    return "{} h {:02d} min".format(*divmod(round(seconds / 60), 60))
 
 
 def history_csv(rows: Sequence[Mapping[str, Any]]) -> str:
