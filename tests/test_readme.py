@@ -35,7 +35,7 @@ COMMANDS = sorted(
 )
 
 
-@pytest.mark.parametrize(("script", "words"), COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(("script", "words"), COMMANDS)
 def test_a_command_parses(script: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {script for script, _ in COMMANDS} == set(PARSERS)
     monkeypatch.delenv("CIFAR_DATA", raising=False)
