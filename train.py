@@ -201,12 +201,13 @@ def train_epochs(
         val_batches: this process's batches of the split that the best epoch is chosen on.
         board: writes each epoch to TensorBoard.
     """
-    recipe, plotted_at, epoch_share = run.recipe, -math.inf, 1 / run.batches_per_epoch
-    done = run.epoch - 1 + run.batches_done * epoch_share
+    recipe, plotted_at = run.recipe, -math.inf
+    done = run.epoch - 1 + run.batches_done / run.batches_per_epoch
     with progress_bar(total=recipe.epochs, initial=done, bar_format=RUN_BAR_FORMAT) as bar:
 
         def after_train_batch(number: int) -> None:
-            bar.update(epoch_share)
+            bar.n = run.epoch - 1 + number / run.batches_per_epoch  # exact: a sum may pass the total
+            bar.update(0)
             run.after_train_batch(number)
 
         for epoch in run.remaining_epochs():

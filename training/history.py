@@ -140,7 +140,9 @@ def _reduction(what: str, first: float, last: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`seconds` in minutes and seconds; from an hour on, in hours and minutes."""
+    """`seconds` in minutes and seconds, or in seconds alone; from an hour on, in hours and minutes."""
+    if round(seconds) < 60:
+        return f"{round(seconds)} s"
     if round(seconds) < 3600:
         return "{} min {:02d} s".format(*divmod(round(seconds), 60))
     return "{} h {:02d} min".format(*divmod(round(seconds / 60), 60))

@@ -93,7 +93,7 @@ def test_a_risen_loss_is_an_increase() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 min 00 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (36_061, "10 h 01 min")],
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (36_061, "10 h 01 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
