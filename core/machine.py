@@ -57,11 +57,15 @@ def fastest_precision(device: torch.device) -> str:
         capability = torch.cuda.get_device_capability(device)
         return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
     if device.type == "cpu":
-        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
-            if not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split()):
-                return "bf16"
+        return "fp32" if cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"}) else "bf16"
     return "fp32"
+
+
+def cpu_flags() -> set[str]:
+    """The instruction sets that Linux lists for the processor ("avx2", "amx_bf16", ...); empty elsewhere."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
+    return set()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
