@@ -10,7 +10,8 @@ from core.machine import cpu_flags
 
 # Some of oneDNN's bf16 kernels for the weight gradient of a convolution make their threads wait for each
 # other by spinning, image after image. Alone that costs nothing. Where another process keeps one of the cores
-# busy, each wait lasts until the scheduler runs the other thread, about 4 ms (torch 2.14, two cores, batch 128):
+# busy, each wait lasts until the scheduler runs the other thread, about 4 ms (torch 2.14, two cores, batch of
+# 128):
 # - AVX-512 without AMX, strided 3x3: 403 ms for [128, 16, 32, 32] -> 32 channels, against 2.4 ms alone; in
 #   fp32 7.6 and 2.3 ms.
 # - AMX, 64 or more channels: 920 ms for the backward pass of a 3x3 convolution of [128, 64, 8, 8] to 64
@@ -62,7 +63,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def use_fp32_weight_gradients(model: nn.Module, precision: str) -> None:
-    """Turn those convolutions of `model` into Fp32WeightGradConv2d whose bf16 weight gradients wait by spinning.
+    """Make Fp32WeightGradConv2d of the convolutions of `model` whose bf16 weight gradients wait by spinning.
 
     In place: strided ones larger than 1x1, and with AMX those of 64 or more channels.
 
