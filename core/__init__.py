@@ -13,7 +13,7 @@ import sys
 # images/s of the training step alone, beside a busy loop, and of each of two runs side by side:
 #     1,000 rounds     90   63   61
 #    10,000 rounds    100   50   44
-#   300,000 rounds    102   12   not measured
+#   300,000 rounds    102   12   32
 # The OpenMP of Intel and LLVM (macOS, Windows, conda) has another variable, KMP_BLOCKTIME, and is left alone.
 SPIN_COUNT = "10000"
 SETS_SPIN_COUNT = sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
