@@ -119,9 +119,11 @@ def results_table(
     folder: Path, variants: Mapping[str, Sequence[str]], seeds: Sequence[int], shared: Sequence[str]
 ) -> str:
     """The Markdown table of all runs, from their histories."""
+    of = f"with seed {seeds[0]}"
+    if len(seeds) > 1:
+        of = f"over {len(seeds)} seeds ({', '.join(map(str, seeds))}): mean ± standard deviation"
     table = f"""\
-Accuracy in percent over {len(seeds)} seed{"s" * (len(seeds) > 1)} ({", ".join(map(str, seeds))}): \
-mean ± standard deviation. The best epoch is chosen on the accuracy shown, so it is optimistic. \
+Accuracy in percent {of}. The best epoch is chosen on the accuracy shown, so it is optimistic. \
 The difference is that of the last epoch to the first run's, by seed.
 
 Flags of every run: `{" ".join(shared) or "none"}`.
